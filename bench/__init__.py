@@ -1,0 +1,1 @@
+"""The harness: treats a model as a black box, trains it, measures it and reports."""
