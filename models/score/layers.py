@@ -1,0 +1,196 @@
+"""Building blocks of the score networks: embeddings, initialisation, resampling, residual and attention blocks."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FIR = (1.0, 3.0, 3.0, 1.0)
+
+
+def init_fan_avg(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Fill the weight uniformly with variance `scale / mean(fan_in, fan_out)` and the bias with zeros; return the layer.
+
+    A scale of 0 means 1e-10, as in the reference networks: every weight keeps a gradient from the first step on.
+    """
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale or 1e-10))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv3x3(inputs: int, outputs: int, scale: float = 1.0, **options) -> nn.Conv2d:
+    return init_fan_avg(nn.Conv2d(inputs, outputs, 3, **{"padding": 1, **options}), scale)
+
+
+def conv1x1(inputs: int, outputs: int, scale: float = 1.0) -> nn.Conv2d:
+    return init_fan_avg(nn.Conv2d(inputs, outputs, 1), scale)
+
+
+def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
+    return init_fan_avg(nn.Linear(inputs, outputs), scale)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of `min(channels / 4, 32)` groups.
+
+    Raises ValueError where that number of groups does not divide the channels.
+    """
+    groups = min(channels // 4, 32)
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"nf: a layer would have {channels} channels, which {groups} normalisation groups (a quarter of the channels, "
+            "at most 32) cannot share; accepted: nf >= 4 such that they can, for example any multiple of 4 up to 128"
+        )
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class PositionalEmbedding(nn.Module):
+    """(B,) -> (B, width): sines, then cosines, of the condition at frequencies from 1 down to 1/10000."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        half = width // 2
+        frequencies = torch.exp(torch.arange(half) * (-math.log(10000.0) / (half - 1)))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        angle = condition[:, None] * self.frequencies
+        return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """(B,) -> (B, 2 width): sine and cosine of `2 pi w log(condition)` at frozen random frequencies w ~ N(0, scale^2).
+
+    The frequencies are a parameter without gradient, because they are saved and counted as the reference does.
+    """
+
+    def __init__(self, width: int, scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width) * scale, requires_grad=False)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        angle = condition.log()[:, None] * (2 * math.pi * self.weight)
+        return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+def _fir_kernel(channels: int, gain: float) -> Tensor:
+    taps = torch.tensor(FIR)
+    kernel = torch.outer(taps, taps)
+    return (kernel * (gain / kernel.sum())).repeat(channels, 1, 1, 1)
+
+
+class FIRDownsample(nn.Module):
+    """Halve (B, C, H, W) with the [1, 3, 3, 1] filter, zeros beyond the border (Zhang 2019, StyleGAN2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("kernel", _fir_kernel(channels, 1.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=x.shape[1])
+
+
+class FIRUpsample(nn.Module):
+    """Double (B, C, H, W): insert zeros, then the [1, 3, 3, 1] filter with gain 4."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("kernel", _fir_kernel(channels, 4.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=x.shape[1])
+
+
+class MeanDownsample(nn.Module):
+    """Halve (B, C, H, W) by the mean of 2x2 cells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+
+class NearestUpsample(nn.Module):
+    """Double (B, C, H, W) by repeating pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class PyramidDownsample(nn.Module):
+    """Halve (B, inputs, H, W) by a strided 3x3 convolution to `outputs` channels, after the FIR blur if `fir`."""
+
+    def __init__(self, inputs: int, outputs: int, fir: bool):
+        super().__init__()
+        self.conv = conv3x3(inputs, outputs, stride=2, padding=0)
+        self.register_buffer("kernel", _fir_kernel(inputs, 1.0) if fir else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is None:
+            x = F.pad(x, (0, 1, 0, 1))
+        else:
+            x = F.conv2d(x, self.kernel.to(x.dtype), padding=2, groups=x.shape[1])
+        return self.conv(x)
+
+
+class ResidualBlock(nn.Module):
+    """BigGAN residual block: (B, inputs, H, W) and the activated embedding (B, E) -> (B, outputs, H', W').
+
+    `resample` is "none", "down" or "up"; it acts on both branches, in the main one before the first convolution.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        dropout: float,
+        init_scale: float,
+        resample: str,
+        fir: bool,
+        rescale: float,
+    ):
+        super().__init__()
+        self.norm1 = group_norm(inputs)
+        self.conv1 = conv3x3(inputs, outputs)
+        self.embed = linear(embedding, outputs)
+        self.norm2 = group_norm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv3x3(outputs, outputs, init_scale)
+        self.shortcut = conv1x1(inputs, outputs) if inputs != outputs or resample != "none" else None
+        self.resample = None
+        if resample == "down":
+            self.resample = FIRDownsample(inputs) if fir else MeanDownsample()
+        elif resample == "up":
+            self.resample = FIRUpsample(inputs) if fir else NearestUpsample()
+        self.rescale = rescale
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv1(h) + self.embed(embedding)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        return (x + h) * self.rescale
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over the pixels of (B, C, H, W), with residual connection."""
+
+    def __init__(self, channels: int, init_scale: float, rescale: float):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        # Three maps in one convolution: each has its own fan, so each is initialised alone.
+        for part in self.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(part, gain=math.sqrt(0.1))
+        nn.init.zeros_(self.qkv.bias)
+        self.out = conv1x1(channels, channels, init_scale)
+        self.rescale = rescale
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=3)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+        return (x + self.out(h)) * self.rescale
