@@ -1,0 +1,372 @@
+"""Suites, variants and runs: what `experiments/<suite>.yaml` says, checked before anything is computed.
+
+A run is one (suite, variant, data set, seed). Its settings are deep-merged: the suite's defaults, then the data set's,
+then the variant's, then the variant's own for that data set (``variants.<v>.datasets.<d>``), then `--set` overrides. A merge that changes the ``name`` of a component replaces the component.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from bench.errors import InputError
+from bench.options import Invalid, Schema, accepted, dotted, resolve_component, show, signature_schema, validate
+from bench.settings import (
+    IMAGE_QUALITY,
+    LEARNING_RATES,
+    POINT_QUALITY,
+    EvaluateConfig,
+    Name,
+    SamplerConfig,
+    TrainConfig,
+)
+from bench.yaml_files import parse_yaml, read_yaml
+
+SECTIONS = ("model", "train", "evaluate")
+# (shape, train, test) of the data sets whose size is a constant; None: endless, or known only once the files are read
+FACTS: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
+    "checkerboard": ((2,), None, None),
+    "swissroll": ((2,), None, None),
+    "gaussians": ((2,), None, None),
+    "digits": ((1, 8, 8), 1500, 297),
+    "cifar10": ((3, 32, 32), None, None),
+    "cifar10-16": ((3, 16, 16), None, None),
+    "cifar10-jpeg": ((3, 32, 32), None, None),
+}
+# what a sampler is given by the model; its other parameters are options
+SAMPLER_ARGUMENTS = ("noise", "sde", "z", "steps", "generator")
+Folder = Annotated[str, Field(pattern=r"^(folder:.+|[A-Za-z0-9][A-Za-z0-9_-]*)$")]
+
+
+class SuiteFile(Schema):
+    """The mapping under the one top-level key of a suite's file."""
+
+    title: str
+    description: str = ""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    datasets: Annotated[dict[Folder, dict | None], Field(min_length=1)]
+    defaults: dict
+    variants: Annotated[dict[Name, dict | None], Field(min_length=1)]
+
+
+class RunConfig(Schema):
+    """One run with every default filled in. ``model`` is ready for ``models.build`` once ``shape`` is added."""
+
+    suite: str
+    variant: str
+    dataset: str
+    seed: int
+    model: dict
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    # a suite with several data sets keeps each in a folder of its own; follows from the suite, not a setting
+    subfolder: Annotated[bool, Field(exclude=True)] = False
+
+    @property
+    def folder(self) -> Path:
+        """`runs/<suite>/<variant>/<seed>`, and `/<dataset>` below it where the suite has several data sets."""
+        folder = runs_root() / self.suite / self.variant / str(self.seed)
+        return folder / self.dataset if self.subfolder else folder
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data of the whole configuration, as written to `config.yaml`."""
+        return self.model_dump(mode="json")
+
+    @cached_property
+    def hash(self) -> str:
+        """12 hex digits of the sha256 of the resolved configuration."""
+        return _digest(self.resolved())
+
+    @cached_property
+    def training_hash(self) -> str:
+        """As ``hash`` without the evaluation's settings: checkpoints stay good when only those change."""
+        return _digest({key: value for key, value in self.resolved().items() if key != "evaluate"})
+
+    def check_data(self, shape: Sequence[int], train: int | None = None, test: int | None = None) -> None:
+        """Refuse settings that do not fit the data; ``train`` and ``test`` are numbers of items, None for endless data.
+
+        Called with what is known beforehand, and again by whoever has loaded the data. Raises Invalid.
+        """
+        if train is not None and self.train.batch_size > train:
+            problem = f" = {self.train.batch_size}: must be at most {train}, the training images of {self.dataset}"
+            raise Invalid(("train", "batch_size"), problem)
+        if test is not None and (self.evaluate.images or 0) > test:
+            problem = f" = {self.evaluate.images}: must be at most {test}, the test images of {self.dataset}"
+            raise Invalid(("evaluate", "images"), problem)
+        fitting = POINT_QUALITY if len(shape) == 1 else IMAGE_QUALITY
+        for metric in self.evaluate.quality:
+            if metric not in fitting:
+                kind = "points" if len(shape) == 1 else "images"
+                raise Invalid(
+                    ("evaluate", "quality"), f" = {show(metric)}: not defined for {kind}; {accepted(fitting)}"
+                )
+
+
+class Suite:
+    """A suite's file and the overrides of the command line. Light: models are imported only by ``runs``."""
+
+    def __init__(self, name: str, path: Path, content: SuiteFile, overrides: Mapping[str, Any]):
+        self.name = name
+        self.path = path
+        self.title = content.title
+        self.description = content.description
+        self.seeds = list(content.seeds)
+        self.datasets = list(content.datasets)
+        self.variants = list(content.variants)
+        self._content = content
+        self._overrides = overrides
+
+    def runs(self, variant: str | None = None, seed: int | None = None, dataset: str | None = None) -> list[RunConfig]:
+        """The validated runs, all or those of one variant, seed or data set; InputError for an unknown one."""
+        variants = self._choose("variant", variant, self.variants)
+        datasets = self._choose("dataset", dataset, self.datasets)
+        seeds = self._choose("seed", seed, self.seeds)
+        return [
+            run.model_copy(update={"seed": number})
+            for name in variants
+            for number in seeds
+            for run in [self._resolve(name, data) for data in datasets]
+        ]
+
+    def _choose(self, kind: str, value: Any, known: list) -> list:
+        if value is None:
+            return known
+        if value not in known:
+            raise InputError(f"{kind} {value!r} is not in suite {self.name} ({self.path}); {accepted(known)}")
+        return [value]
+
+    def _resolve(self, variant: str, dataset: str) -> RunConfig:
+        own = dict(self._content.variants[variant] or {})
+        by_dataset = own.pop("datasets", None) or {}
+        layers = [
+            (f"{self.path}: defaults.", self._content.defaults),
+            (f"{self.path}: datasets.{dataset}.", self._content.datasets[dataset] or {}),
+            (f"{self.path}: variants.{variant}.", own),
+            (f"{self.path}: variants.{variant}.datasets.{dataset}.", by_dataset.get(dataset) or {}),
+            ("--set ", self._overrides),
+        ]
+        identity = {"suite": self.name, "variant": variant, "dataset": dataset, "seed": self.seeds[0]}
+        try:
+            run = resolve_run(identity, merge_all(layer for _, layer in layers))
+        except Invalid as error:
+            # say where the value was written; a missing one is nobody's, so name the run that lacks it
+            place = f"{self.path}: variant {variant}: "
+            for label, layer in layers:
+                place = label if has_path(layer, error.path) else place
+            raise InputError(f"{place}{dotted(error.path)}{error.problem}") from error
+        return run.model_copy(update={"subfolder": len(self.datasets) > 1})
+
+
+def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
+    """The suite `experiments/<name>.yaml`; ``overrides`` are texts ``key=value``. Raises InputError."""
+    found = suite_files()
+    if name not in found:
+        raise InputError(f"unknown suite {name!r}; {accepted(found)}")
+    path = found[name]
+    content = read_yaml(path)
+    if not isinstance(content, dict) or list(content) != [name]:
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else show(content)
+        raise InputError(f"{path}: must have the one top-level key {name!r}, has: {keys}")
+    try:
+        suite = validate(SuiteFile, content[name])
+    except Invalid as error:
+        raise InputError(f"{path}: {dotted(error.path)}{error.problem}") from error
+    repeated = [seed for seed in suite.seeds if suite.seeds.count(seed) > 1]
+    if repeated:
+        raise InputError(f"{path}: seeds = {show(suite.seeds)}: seed {repeated[0]} is given twice")
+    for dataset in suite.datasets:
+        if dataset not in FACTS and not dataset.startswith("folder:"):
+            raise InputError(f"{path}: datasets.{dataset}: unknown data set; {accepted([*FACTS, 'folder:<path>'])}")
+        if dataset.startswith("folder:") and len(suite.datasets) > 1:
+            raise InputError(f"{path}: datasets.{dataset}: an image folder must be the only data set of its suite")
+    for place, known in _sections(suite).items():
+        mapping = _at(suite.model_dump(), place) or {}
+        if not isinstance(mapping, dict):
+            raise InputError(f"{path}: {dotted(place)} = {show(mapping)}: must be a mapping of keys to values")
+        for key in mapping:
+            if key not in known:
+                raise InputError(f"{path}: {dotted((*place, key))}: unknown key; {accepted(known)}")
+    return Suite(name, path, suite, parse_overrides(overrides))
+
+
+def _sections(suite: SuiteFile) -> dict[tuple[str, ...], Sequence[str]]:
+    """Places of a suite's file that hold sections of settings, outer ones first, with the keys each accepts."""
+    places: dict[tuple[str, ...], Sequence[str]] = {("defaults",): SECTIONS}
+    places |= {("datasets", name): SECTIONS for name in suite.datasets}
+    for name, variant in suite.variants.items():
+        places[("variants", name)] = (*SECTIONS, "datasets")
+        own = (variant or {}).get("datasets")
+        if own is not None:
+            places[("variants", name, "datasets")] = list(suite.datasets)
+            places |= {("variants", name, "datasets", d): SECTIONS for d in (own if isinstance(own, dict) else ())}
+    return places
+
+
+def _at(value: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        value = value[part]
+    return value
+
+
+def suite_files() -> dict[str, Path]:
+    """Names and files of the suites: `experiments/` under the current folder, else the one beside this package."""
+    for root in (Path("experiments"), Path(__file__).parents[1] / "experiments"):
+        files = {path.stem: path for path in sorted(root.glob("*.yaml"))}
+        if files:
+            return files
+    return {}
+
+
+def runs_root() -> Path:
+    """Folder of the runs' results: INDM_BENCH_RUNS, else `runs` under the current folder."""
+    return Path(os.environ.get("INDM_BENCH_RUNS") or "runs")
+
+
+def reports_root() -> Path:
+    """Folder of the reports: INDM_BENCH_REPORTS, else `reports` under the current folder."""
+    return Path(os.environ.get("INDM_BENCH_REPORTS") or "reports")
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The configuration that a finished run left in its folder; InputError when there is none."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise InputError(f"{folder}: no trained run here (its config.yaml is missing); train it first")
+    content = read_yaml(path)
+    try:
+        run = validate(RunConfig, content)
+    except Invalid as error:
+        raise InputError(f"{path}: {dotted(error.path)}{error.problem}") from error
+    return run.model_copy(update={"subfolder": folder.name == run.dataset})
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """``["train.steps=100"]`` -> ``{"train": {"steps": 100}}``; values are YAML. Raises InputError."""
+    merged: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(re.fullmatch(r"[A-Za-z0-9_-]+", part) for part in parts):
+            raise InputError(f"--set {text}: must be key=value with a dotted key, for example train.steps=100")
+        if parts[0] not in SECTIONS:
+            raise InputError(f"--set {text}: unknown key {parts[0]!r}; {accepted(f'{name}.*' for name in SECTIONS)}")
+        layer = parse_yaml(value, f"--set {text}")
+        for part in reversed(parts):
+            layer = {part: layer}
+        merged = merge(merged, layer)
+    return merged
+
+
+def merge(under: Any, over: Any) -> Any:
+    """Deep merge of mappings; anything else, and a component whose ``name`` changes, is replaced as a whole."""
+    if not isinstance(under, Mapping) or not isinstance(over, Mapping):
+        return over
+    if "name" in over and over["name"] != under.get("name", over["name"]):
+        return dict(over)
+    return {**under, **{key: merge(under.get(key), value) for key, value in over.items()}}
+
+
+def merge_all(layers: Any) -> dict[str, Any]:
+    """Later layers win."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = merge(merged, layer)
+    return merged
+
+
+def has_path(layer: Any, path: Sequence[str | int]) -> bool:
+    """Whether a layer of settings holds a value at ``path``."""
+    for part in path:
+        if isinstance(layer, Mapping) and part in layer:
+            layer = layer[part]
+        elif isinstance(layer, list) and isinstance(part, int) and part < len(layer):
+            layer = layer[part]
+        else:
+            return False
+    return True
+
+
+def resolve_run(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> RunConfig:
+    """A validated run from its identity and merged settings; Invalid with the path of the first problem."""
+    from models import registry
+
+    kinds = {**registry.COMPONENTS, "model": registry.MODELS}
+    model = resolve_component(kinds, "model", settings.get("model"), ("model",))
+    train = validate(TrainConfig, settings.get("train", {}), ("train",))
+    evaluate = validate(EvaluateConfig, settings.get("evaluate", {}), ("evaluate",))
+    groups = [part for part in model if part in registry.COMPONENTS and part != "sde"]
+    for group in train.learning_rates:
+        if group not in groups:
+            raise Invalid(("train", "learning_rates", group), f": unknown key; {accepted(groups)}")
+    rates = {group: LEARNING_RATES.get(group, LEARNING_RATES["score"]) for group in groups}
+    train = train.model_copy(update={"learning_rates": {**rates, **train.learning_rates}})
+    if train.warmup > train.steps:
+        raise Invalid(("train", "warmup"), f" = {train.warmup}: must be at most {train.steps}, the steps of training")
+    samplers = [_resolve_sampler(entry, ("evaluate", "samplers", i)) for i, entry in enumerate(evaluate.samplers)]
+    evaluate = evaluate.model_copy(update={"samplers": samplers})
+    run = RunConfig.model_construct(**identity, model=model, train=train, evaluate=evaluate)
+    if run.dataset in FACTS:
+        shape, items, tests = FACTS[run.dataset]
+        run.check_data(shape, items, tests)
+        check_buildable(model, shape)
+    return run
+
+
+def check_buildable(model: Mapping[str, Any], shape: Sequence[int]) -> None:
+    """Build the model without memory or arithmetic; Invalid for options that do not go together or with ``shape``."""
+    problem = _build_problem(json.dumps({**model, "shape": list(shape)}))
+    if problem:
+        raise Invalid(("model",), f": {problem}")
+
+
+@lru_cache(maxsize=256)
+def _build_problem(model: str) -> str | None:
+    import torch
+
+    import models
+
+    try:
+        with torch.device("meta"):
+            models.build(json.loads(model))
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _resolve_sampler(entry: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+    from models.samplers import SAMPLERS
+
+    common = validate(SamplerConfig, {k: v for k, v in entry.items() if k in SamplerConfig.model_fields}, path)
+    if common.name not in SAMPLERS:
+        raise Invalid((*path, "name"), f" = {show(common.name)}: unknown sampler; {accepted(SAMPLERS)}")
+    schema = signature_schema(SAMPLERS[common.name], skip=SAMPLER_ARGUMENTS)
+    options = {k: v for k, v in entry.items() if k not in SamplerConfig.model_fields}
+    for key in options:
+        if key not in schema.model_fields:
+            raise Invalid((*path, key), f": unknown key; {accepted(['name', 'steps', *schema.model_fields])}")
+    # an adaptive sampler has a default for the steps it ignores
+    adaptive = inspect.signature(SAMPLERS[common.name]).parameters["steps"].default is not inspect.Parameter.empty
+    if adaptive and common.steps:
+        raise Invalid(
+            (*path, "steps"), f" = {show(common.steps)}: {common.name} chooses its own steps; set rtol and atol"
+        )
+    if not adaptive and not common.steps:
+        raise Invalid((*path, "steps"), ": missing, and it has no default")
+    known = validate(schema, options, path).model_dump(mode="json")
+    if "end" not in options:  # the SDE's own eps, which the sampler does not know
+        known.pop("end", None)
+    return {"name": common.name, "steps": common.steps or [0], **known}
+
+
+def _digest(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

@@ -1,0 +1,82 @@
+"""The settings of a run: how it is trained and how it is evaluated. Each field is a key of a suite's YAML."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bench.options import Schema
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+# AdamW learning rates of the paper's CIFAR-10 runs, for the groups that a configuration leaves out
+LEARNING_RATES = {"score": 2e-4, "flow": 1e-3}
+IMAGE_QUALITY = ("fd", "kid", "precision_recall")
+POINT_QUALITY = ("sliced_wasserstein", "energy")
+
+
+class TrainConfig(Schema):
+    """How a run is trained.
+
+    ``steps`` optimiser steps of ``batch_size`` images; ``learning_rates`` by parameter group (AdamW; ``LEARNING_RATES``
+    fills in the others); ``warmup`` steps of linear learning-rate growth; ``ema`` the decay of the weights' moving
+    average; ``clip`` the norm of each group's gradient (null: no clipping). The learning curve has ``curve`` points,
+    evenly spaced in log(images), each measured on ``curve_images`` test images and ``curve_samples`` samples (0: no
+    sample quality) drawn with ``curve_steps`` steps. ``checkpoint_every`` counts steps.
+    """
+
+    batch_size: Count
+    steps: Count
+    warmup: Natural = 0
+    ema: Decay = 0.999
+    learning_rates: dict[str, Positive] = {}
+    clip: Positive | None = 1.0
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    schedule: Literal["constant", "cosine"] = "constant"
+    curve: Natural = 8
+    curve_images: Count = 256
+    curve_samples: Natural = 0
+    curve_steps: Count = 32
+    checkpoint_every: Count = 1000
+    horizontal_flip: bool = False
+
+
+class SamplerConfig(Schema):
+    """One sampler of the robustness table at several numbers of steps (none for an adaptive one, resolved to [0]).
+
+    The sampler's own options stand beside these keys.
+    """
+
+    name: str
+    steps: list[Count] = []
+
+
+class EvaluateConfig(Schema):
+    """What is measured on a trained run.
+
+    ``images``: test images used (null: all). NELBO: ``nelbo_repeats`` independent estimates of ``nelbo_times`` time
+    draws an image. NLL: tolerances of the ODE solver, ``probes`` of the divergence ("exact" or a number of Hutchinson
+    probes). ``samplers``: rows of the robustness table, each with ``samples`` samples judged by ``quality`` on the
+    extractor ``features``.
+    """
+
+    images: Count | None = None
+    nelbo_repeats: Annotated[int, Field(ge=2)] = 3
+    nelbo_times: Count = 16
+    rtol: Positive = 1e-5
+    atol: Positive = 1e-5
+    probes: Literal["exact"] | Count = "exact"
+    residual_images: Natural | None = None
+    samplers: list[dict] = []
+    samples: Count = 1024
+    quality: list[Literal["fd", "kid", "precision_recall", "sliced_wasserstein", "energy"]] = []
+    features: str | None = None
+    batch_size: Count = 256
