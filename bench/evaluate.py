@@ -1,0 +1,190 @@
+"""Everything measured on a trained run, and on a run in training for its learning curve."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import models
+from bench.config import RunConfig
+from bench.data import Dataset, load, quantise
+from bench.distances import energy_distance, sliced_wasserstein
+from bench.errors import InputError
+from bench.files import atomic_path, read_json, write_json, write_text_atomic
+from bench.likelihood import Units, measure, nelbo_per_image, nll_per_image, test_points, total_nats
+from bench.sampling import draw
+from bench.train import is_trained
+from models.base import Model, NotDefined
+from models.flows import FlowInverseError
+from models.integrators import IntegrationError
+
+ROBUSTNESS_COLUMNS = (
+    "sampler", "steps", "nfe", "n", "fd", "kid", "precision", "recall", "sliced_wasserstein", "energy", "seconds", "status",
+)
+CURVE_TIMES = 4
+CURVE_TOLERANCE = 1e-3
+
+
+def load_model(run: RunConfig, device: str | torch.device = "cpu") -> Model:
+    """The trained model of a run with its averaged weights; InputError when the training is missing or stale."""
+    from safetensors.torch import load_file
+
+    if not is_trained(run):
+        raise InputError(
+            f"{run.folder}: no finished training of this configuration ({run.training_hash}); "
+            f"accepted: run `indm-bench train {run.suite} {run.variant} --seed {run.seed}` first"
+        )
+    data = load(run.dataset)
+    model = models.build({**run.model, "shape": list(data.shape)}).to(device).eval().requires_grad_(False)
+    model.load_state_dict(load_file(run.folder / "weights" / "model.safetensors", device=str(device)))
+    return model
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def quality(x: Tensor, run: RunConfig, data: Dataset, metrics: Sequence[str]) -> dict[str, Any]:
+    """Sample-quality metrics of model samples x (n, *shape) against the data, and a ``status``.
+
+    Points are compared with as many test points (sliced Wasserstein) or all of them (energy); images are turned into
+    uint8 by :func:`bench.data.quantise` and compared with the training images, as FID is.
+    """
+    if not bool(torch.isfinite(x).all()):
+        return {"status": f"{int((~torch.isfinite(x)).flatten(1).any(1).sum())} of {len(x)} samples not finite"}
+    if data.levels is None:
+        measured: dict[str, Any] = {"status": "ok"}
+        if "sliced_wasserstein" in metrics:
+            measured["sliced_wasserstein"] = sliced_wasserstein(x, data.test[: len(x)])
+        if "energy" in metrics:
+            measured["energy"] = energy_distance(x, data.test)
+        return measured
+    from bench.fidelity import image_quality
+
+    return image_quality(quantise(x, data.levels), data.train, run.evaluate.features, metrics)
+
+
+def curve_point(model: Model, run: RunConfig, data: Dataset, device) -> dict[str, float | None]:
+    """One row of the learning curve: NELBO, NLL and sample quality of the averaged weights; None where it failed."""
+    settings, units = run.train, Units(data)
+    suffix = "nats" if data.levels is None else "bpd"
+    metric = "energy" if data.levels is None else "fd"
+    x = test_points(data, min(settings.curve_images, len(data.test)), run.seed)
+    batch, row = run.evaluate.batch_size, {f"nelbo_{suffix}": None, f"nll_{suffix}": None, metric: None}
+    try:
+        (parts,) = nelbo_per_image(model, x, 1, CURVE_TIMES, batch, run.seed, device)
+        row[f"nelbo_{suffix}"] = _finite(units.total(total_nats(parts).mean()))
+        tolerance = {"rtol": CURVE_TOLERANCE, "atol": CURVE_TOLERANCE, "probes": run.evaluate.probes}
+        parts = nll_per_image(model, x, batch, run.seed, device, corrected=True, **tolerance)
+        row[f"nll_{suffix}"] = _finite(units.total(total_nats(parts).mean()))
+    except (IntegrationError, NotDefined):
+        pass
+    if settings.curve_samples:
+        try:
+            samples, _, _ = draw(model, settings.curve_samples, "ddim", settings.curve_steps, run.seed, batch)
+            row[metric] = quality(samples, run, data, [metric]).get(metric)
+        except (FlowInverseError, NotDefined):
+            pass
+    return row
+
+
+def robustness(model: Model, run: RunConfig, data: Dataset) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Rows of robustness.csv, and the samples of each sampler at its largest number of steps.
+
+    Every number of steps starts from the same prior draws, so rows of one sampler are paired.
+    """
+    rows, kept = [], {}
+    for entry in run.evaluate.samplers:
+        options = {k: v for k, v in entry.items() if k not in ("name", "steps")}
+        for steps in entry["steps"]:
+            row = dict.fromkeys(ROBUSTNESS_COLUMNS) | {"sampler": entry["name"], "steps": steps, "n": run.evaluate.samples}
+            try:
+                x, row["nfe"], row["seconds"] = draw(
+                    model, run.evaluate.samples, entry["name"], steps, run.seed, run.evaluate.batch_size, **options
+                )
+                measured = quality(x, run, data, run.evaluate.quality)
+                row |= {key: value for key, value in measured.items() if key in ROBUSTNESS_COLUMNS}
+                kept[entry["name"]] = x
+            except (FlowInverseError, IntegrationError, NotDefined) as error:
+                row["status"] = " ".join(str(error).split())
+            rows.append(row)
+    return rows, kept
+
+
+def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
+    """What must agree before two likelihoods or two distances may share a table."""
+    settings = run.evaluate
+    return {
+        "eps": model.sde.eps, "dequantiser": "uniform", "weights": "ema", "nelbo_repeats": settings.nelbo_repeats,
+        "nelbo_times": settings.nelbo_times, "rtol": settings.rtol, "atol": settings.atol, "probes": settings.probes,
+        "images": settings.images, "samples": settings.samples, "features": settings.features,
+        "quantiser": "floor", "reference": "test" if len(model.shape) == 1 else "train",
+    }
+
+
+def is_evaluated(run: RunConfig) -> bool:
+    """Whether the run's folder holds the evaluation of exactly this configuration and these weights."""
+    record = run.folder / "likelihood.json"
+    if not record.is_file():
+        return False
+    return read_json(record).get("config_hash") == run.hash
+
+
+def evaluate(run: RunConfig) -> None:
+    """Write per_image.npz, robustness.csv, samples.png, trajectory.png and, last, likelihood.json of one run."""
+    if is_trained(run) and is_evaluated(run):
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run, device)
+    data, started = load(run.dataset), time.perf_counter()
+    header = {
+        "schema": 1, "suite": run.suite, "dataset": run.dataset, "variant": run.variant, "seed": run.seed,
+        "config_hash": run.hash, "protocol": protocol(run, model),
+    }
+    folder = run.folder
+    try:
+        record, arrays = measure(model, data, run.evaluate, run.seed, device)
+        record = {"status": "ok"} | record
+        with atomic_path(folder / "per_image.npz") as temporary:
+            np.savez_compressed(temporary, **arrays)
+    except (IntegrationError, NotDefined) as error:
+        units = Units(data)
+        record = {"status": " ".join(str(error).split()), "units": units.name, "dims": units.dims, "levels": units.levels}
+        record |= {"data": data.describe(), "n": 0, "nelbo": None, "nll": None, "gap": None, "truth": None}
+    rows, samples = robustness(model, run, data)
+    write_robustness(folder / "robustness.csv", rows)
+    pictures(model, run, data, samples, folder)
+    write_json(folder / "likelihood.json", header | record | {"evaluate_seconds": time.perf_counter() - started})
+
+
+def write_robustness(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The step-robustness rows as CSV; blank where a metric is not defined."""
+    import pandas as pd
+
+    write_text_atomic(path, pd.DataFrame(rows, columns=list(ROBUSTNESS_COLUMNS)).to_csv(index=False))
+
+
+def pictures(model: Model, run: RunConfig, data: Dataset, samples: dict[str, Tensor], folder: Path) -> None:
+    """samples.png and trajectory.png, for the eye."""
+    from bench.pictures import draw_samples, draw_trajectory
+
+    x = next((s for s in samples.values() if bool(torch.isfinite(s).all())), None)
+    draw_samples(folder / "samples.png", x, data)
+    few = 8 if data.levels is not None else 2000
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    times = [0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0]
+    try:
+        from models.noise import IndexedGenerator
+
+        source = IndexedGenerator(run.seed, "trajectory", torch.arange(few))
+        path = model.trajectory(test_points(data, few, run.seed).to(device), times, source).cpu()
+    except (FlowInverseError, NotDefined):
+        path = None
+    draw_trajectory(folder / "trajectory.png", path, times, data)

@@ -1,0 +1,337 @@
+"""The one training loop, on Accelerate: phases, EMA, checkpoints, exact resume, learning curve.
+
+The clock is images seen. Data order, time, noise and dropout of step k are functions of (seed, k), so a run that was
+killed and started again ends with the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import models
+from bench.checkpoint import (
+    checkpoint_root,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+    save_weights,
+    sweep,
+)
+from bench.config import RunConfig, TrainConfig
+from bench.data import Dataset, dequantise, load
+from bench.files import read_json, write_json
+from models.base import Model
+from models.noise import StepRandom, derive_seed
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss stopped being finite; the message names the step and the terms."""
+
+
+class _Step(nn.Module):
+    """The loss of one phase as a module's forward, so that DDP and autocast hooks fire."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+        self.phase_losses = [phase.loss for phase in model.phases()]
+
+    def forward(self, phase: int, x: Tensor, random: StepRandom):
+        return self.phase_losses[phase](x, random)
+
+
+class Ema:
+    """Exponential moving average of a model's parameters, decay min(d, (1 + n) / (10 + n)); buffers are copied."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+        self._own, self._live = list(self.model.parameters()), list(model.parameters())
+        self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._own, self._live, 1 - decay)
+        for own, live in self._buffers:
+            own.copy_(live)
+
+
+class Batches:
+    """Batch k of a data set as a function of (seed, k): no loader state to lose."""
+
+    def __init__(self, data: Dataset, config: TrainConfig, seed: int, device: torch.device):
+        self.data, self.config, self.seed, self.device = data, config, seed, device
+        self.images = data.train.to(device)
+        self._epoch, self._order = -1, None
+
+    def _rows(self, position: int) -> Tensor:
+        size, batch = len(self.images), self.config.batch_size
+        rows = []
+        while batch:
+            epoch, offset = divmod(position, size)
+            if epoch != self._epoch:
+                source = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+                self._epoch, self._order = epoch, torch.randperm(size, generator=source)
+            take = min(batch, size - offset)
+            rows.append(self._order[offset : offset + take])
+            position, batch = position + take, batch - take
+        return torch.cat(rows)
+
+    def __call__(self, step: int, random: StepRandom) -> Tensor:
+        """x (count, *shape) of this process's rows of the global batch of ``step``."""
+        first, count = random.rows
+        if self.data.draw is not None:
+            # drawn on the CPU, so that every device trains on the same points
+            x = self.data.draw(self.config.batch_size, random.generator("data", "cpu"))
+            return x[first : first + count].to(self.device)
+        rows = self._rows(step * self.config.batch_size)[first : first + count].to(self.device)
+        images = self.images[rows]
+        if self.config.horizontal_flip:
+            flip = random.uniform("flip") < 0.5
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        return dequantise(images, random.uniform("dequantisation", images.shape[1:]), self.data.levels)
+
+
+def learning_rate(config: TrainConfig, base: float, step: int) -> float:
+    """Linear warm-up over ``warmup`` steps, then constant or a cosine to zero; a function of images seen alone."""
+    rate = base * min(1.0, (step + 1) / max(config.warmup, 1))
+    if config.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return rate
+
+
+def curve_steps(config: TrainConfig) -> list[int]:
+    """The steps at which the learning curve is measured: log-spaced from 2 % of the run to its end."""
+    if config.curve < 2:
+        return [config.steps]
+    first = max(1, round(config.steps * 0.02))
+    ratio = (config.steps / first) ** (1 / (config.curve - 1))
+    return sorted({max(1, round(first * ratio**i)) for i in range(config.curve - 1)} | {config.steps})
+
+
+def build_model(run: RunConfig, data: Dataset) -> Model:
+    """The run's model with weights drawn from (seed, "init")."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(run.seed, "init"))
+        return models.build({**run.model, "shape": list(data.shape)})
+
+
+class Trainer:
+    """One run's training state: model, averages, optimisers, curve and clock."""
+
+    def __init__(self, run: RunConfig, progress: bool = True):
+        self.run, self.config, self.progress = run, run.train, progress
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+        self.accelerator = Accelerator(
+            mixed_precision=self.config.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers
+        )
+        self.device = self.accelerator.device
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.config.batch_size
+        if size % processes:
+            raise ValueError(f"train.batch_size = {size}: must be divisible by the number of processes, {processes}")
+        self.rows = (rank * (size // processes), size // processes)
+        self.data = load(run.dataset)
+        self.batches = Batches(self.data, self.config, run.seed, self.device)
+        self.model = build_model(run, self.data).to(self.device)
+        self.ema = Ema(self.model, self.config.ema)
+        self.phases = self.model.phases()
+        groups = {name: params for phase in self.phases for name, params in phase.parameters.items()}
+        self.groups = {name: params for name, params in groups.items() if params}
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                params,
+                lr=self.config.learning_rates[name],
+                betas=tuple(self.config.betas),
+                weight_decay=self.config.weight_decay,
+                fused=True,
+            )
+            for name, params in self.groups.items()
+        }
+        self.step_module = self.accelerator.prepare(_Step(self.model))
+        prepared = [self.accelerator.prepare(optimizer) for optimizer in self.optimizers.values()]
+        self.prepared = dict(zip(self.optimizers, prepared, strict=True))
+        self.folder = checkpoint_root() / run.training_hash
+        self.step, self.seconds, self.curve, self.running = 0, 0.0, [], []
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Publish a checkpoint of everything the rest of the run depends on."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.model.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            tensors |= optimizer_tensors(optimizer, f"optimizer.{name}")
+        meta = {"seconds": self.seconds, "curve": self.curve, "ema_updates": self.ema.updates, "running": self.running}
+        save_checkpoint(self.folder, self.step, tensors, meta | {"config_hash": self.run.training_hash})
+
+    def resume(self) -> bool:
+        """Continue from the newest readable checkpoint of this very configuration, if there is one."""
+        sweep(self.folder)
+        found = load_checkpoint(self.folder, self.device)
+        if found is None:
+            return False
+        tensors, meta = found
+        for prefix, module in (("model.", self.model), ("ema.", self.ema.model)):
+            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+        for name, optimizer in self.optimizers.items():
+            load_optimizer_tensors(optimizer, tensors, f"optimizer.{name}")
+        self.step, self.seconds, self.curve = meta["step"], meta["seconds"], meta["curve"]
+        self.ema.updates, self.running = meta["ema_updates"], meta["running"]
+        return True
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> dict[str, Tensor]:
+        """All phases of one step; returns the last phase's loss and terms, not yet read from the device."""
+        config, result = self.config, {}
+        random = StepRandom(derive_seed(self.run.seed, "train"), self.step, config.batch_size, self.rows, self.device)
+        x = self.batches(self.step, random)
+        # dropout is the only consumer of the global generator
+        torch.manual_seed(derive_seed(self.run.seed, "dropout", self.step, self.accelerator.process_index))
+        for index, phase in enumerate(self.phases):
+            if self.step % phase.every:
+                continue
+            for optimizer in self.prepared.values():
+                optimizer.zero_grad(set_to_none=True)
+            loss, terms = self.step_module(index, x, random)
+            result |= {f"{phase.name}.{name}": value for name, value in terms.items()}
+            result[f"{phase.name}.loss"] = result["loss"] = loss.detach()
+            self.accelerator.backward(loss)
+            for name in phase.parameters:
+                if config.clip:
+                    self.accelerator.clip_grad_norm_(self.groups[name], config.clip)
+                for group in self.optimizers[name].param_groups:
+                    group["lr"] = learning_rate(config, config.learning_rates[name], self.step)
+                self.prepared[name].step()
+        self.ema.update()
+        self.step += 1
+        return result
+
+    def check(self, terms: dict[str, Tensor]) -> float:
+        """The loss as a number; raises TrainingDiverged, before any checkpoint is written, if it is not finite."""
+        loss = float(terms["loss"])
+        if not math.isfinite(loss):
+            shown = ", ".join(f"{name} = {float(value):.4g}" for name, value in terms.items())
+            raise TrainingDiverged(f"loss is not finite at step {self.step}: {shown}")
+        return loss
+
+    def measure(self, train_loss: float) -> None:
+        """Add a row to the learning curve, measured with the averaged weights."""
+        from bench.evaluate import curve_point
+
+        point = curve_point(self.ema.model, self.run, self.data, self.device)
+        images = self.step * self.config.batch_size
+        row = {"step": self.step, "images": images, "seconds": self.seconds, "train_loss": train_loss}
+        self.curve.append(row | point)
+
+    def train(self) -> None:
+        """From where the run stands to its last step."""
+        config, points = self.config, set(curve_steps(self.config))
+        # reading the loss costs a synchronisation, which only a GPU notices
+        check_every = 1 if self.device.type == "cpu" else 50
+        bar = tqdm(
+            total=config.steps, initial=self.step, unit="step", disable=not self.progress, mininterval=0.5,
+            desc=f"{self.run.variant}/{self.run.dataset}/{self.run.seed}",
+        )
+        self.model.train()
+        started = time.perf_counter()
+        while self.step < config.steps:
+            terms = self.train_step()
+            boundary = self.step in points or self.step % config.checkpoint_every == 0
+            if boundary or self.step % check_every == 0:
+                self.running = [*self.running, self.check(terms)][-100:]
+                bar.set_postfix(loss=f"{self.running[-1]:.4f}", refresh=False)
+            bar.update()
+            if boundary:
+                self.seconds += time.perf_counter() - started
+                if self.step in points:
+                    self.measure(sum(self.running) / len(self.running))
+                self.save()
+                started = time.perf_counter()
+        bar.close()
+
+
+def is_trained(run: RunConfig) -> bool:
+    """Whether the run's folder already holds the finished training of exactly this configuration."""
+    record = run.folder / "provenance.json"
+    if not record.is_file() or not (run.folder / "weights" / "model.safetensors").is_file():
+        return False
+    return read_json(record).get("config_hash") == run.training_hash
+
+
+def train(run: RunConfig, progress: bool = True) -> None:
+    """Train one run and write config.yaml, weights/, learning_curve.csv and, last, provenance.json.
+
+    Finished work is left as it is. A killed run continues from its last checkpoint. Raises TrainingDiverged (and
+    leaves failure.json beside the results) when the loss stops being finite.
+    """
+    if is_trained(run):
+        return
+    trainer = Trainer(run, progress)
+    trainer.resume()
+    failure = run.folder / "failure.json"
+    try:
+        trainer.train()
+    except TrainingDiverged as error:
+        failure.parent.mkdir(parents=True, exist_ok=True)
+        write_json(failure, {"status": f"diverged: {error}", "step": trainer.step, "config_hash": run.training_hash})
+        raise
+    failure.unlink(missing_ok=True)
+    if trainer.accelerator.is_main_process:
+        _write_results(trainer, run.folder)
+
+
+def _write_results(trainer: Trainer, folder: Path) -> None:
+    import pandas as pd
+
+    from bench.config import dump_config
+    from bench.files import write_text_atomic
+    from bench.provenance import record
+
+    write_text_atomic(folder / "config.yaml", dump_config(trainer.run))
+    write_text_atomic(folder / "learning_curve.csv", pd.DataFrame(trainer.curve).to_csv(index=False))
+    save_weights(folder / "weights", trainer.ema.model.state_dict(), trainer.run.resolved())
+    costs: dict[str, Any] = {
+        "config_hash": trainer.run.training_hash,
+        "train_seconds": trainer.seconds,
+        "parameters": parameter_counts(trainer.model),
+        "flops_per_step": flops_per_step(trainer),
+        "images_seen": trainer.step * trainer.config.batch_size,
+        "steps": trainer.step,
+    }
+    write_json(folder / "provenance.json", record(trainer.device) | costs)
+
+
+def parameter_counts(model: Model) -> dict[str, int]:
+    """Trainable parameters of each named group, and their total."""
+    groups = {name: sum(p.numel() for p in ps) for phase in model.phases() for name, ps in phase.parameters.items()}
+    return {"score": 0, "flow": 0} | groups | {"total": sum(groups.values())}
+
+
+def flops_per_step(trainer: Trainer) -> int:
+    """Floating-point operations of one optimiser step, counted on a copy so that the trained state is not touched."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = copy.deepcopy(trainer.model)
+    random = StepRandom(0, 0, trainer.config.batch_size, trainer.rows, trainer.device)
+    x = trainer.batches(0, random)
+    with FlopCounterMode(display=False) as counter:
+        for phase in model.phases():
+            phase.loss(x, random)[0].backward()
+    return int(counter.get_total_flops())

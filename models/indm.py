@@ -1,0 +1,261 @@
+"""INDM: an invertible flow before a linear diffusion (Kim et al., NeurIPS 2022, arXiv 2205.13699).
+
+z_0 = h(x), dz = f z dt + g dw in latent space. With the identity flow this *is* DDPM++ (VP) or NCSN++ (VE): there is
+no second code path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.base import Loss, Model, Phase
+from models.flows import Identity
+from models.integrators import dormand_prince, flow_field, hutchinson_probes, state_scale
+from models.noise import Generator, StepRandom, normal, uniform
+from models.options import Positive
+from models.samplers import SAMPLERS
+from models.score.adapter import NetworkScore, Preconditioning, noise_function
+from models.sde import LinearSDE, expand
+
+
+def _squares(values: Tensor) -> Tensor:
+    return values.flatten(1).square().sum(1)
+
+
+class INDM(Model):
+    """flow + SDE + score. ``score(z, t) -> grad log p_t(z)`` may be a network or an exact, analytic score.
+
+    ``setting``: "nll" trains score and flow on the bound in one phase; "fid" trains the flow on the bound and then
+    the score on its variance-weighted loss (spec: the paper's two settings).
+    ``scale`` divides the data first, a constant linear part of the flow (its log-determinant is counted).
+    """
+
+    def __init__(
+        self,
+        sde: LinearSDE,
+        score: nn.Module,
+        flow: nn.Module | None = None,
+        setting: Literal["nll", "fid"] = "nll",
+        shape: Sequence[int] | None = None,
+        scale: float = 1.0,
+        time_sampling: Literal["stratified", "independent"] = "stratified",
+    ):
+        super().__init__()
+        self.sde, self.score, self.flow = sde, score, flow if flow is not None else Identity()
+        self.setting, self.scale, self.time_sampling = setting, scale, time_sampling
+        self.shape = tuple(shape or ())
+        self.nfe: float | None = None
+
+    @classmethod
+    def from_options(
+        cls,
+        shape: Sequence[int],
+        sde: dict[str, Any],
+        score: dict[str, Any],
+        flow: dict[str, Any],
+        setting: Literal["nll", "fid"] = "nll",
+        preconditioning: Preconditioning = "none",
+        scale: Positive = 1.0,
+        time_sampling: Literal["stratified", "independent"] = "stratified",
+    ) -> INDM:
+        """Build from component options; the signature is the configuration schema."""
+        from models.registry import component
+
+        process = component("sde", sde)
+        network = NetworkScore(component("score", score, shape=list(shape)), process, preconditioning)
+        flow_options = {} if flow.get("name") == "identity" else {"shape": list(shape)}
+        h = component("flow", flow, **flow_options)
+        return cls(process, network, h, setting, shape, scale, time_sampling)
+
+    @property
+    def noise(self):
+        """noise(z, t) = -sigma(t) score(z, t)."""
+        return noise_function(self.score, self.sde)
+
+    # Data space <-> latent space -----------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """(z_0, log|det dz_0/dx| in nats (B,)); ``generator`` feeds the log-determinant's stochastic estimate."""
+        z, log_det = self.flow(x / self.scale if self.scale != 1 else x, generator=generator)
+        if self.scale != 1:
+            log_det = log_det - x[0].numel() * torch.tensor(self.scale, dtype=torch.float64).log().to(log_det)
+        return z, log_det
+
+    def decode(self, z: Tensor) -> Tensor:
+        """x = h^{-1}(z_0). Raises FlowInverseError where the inverse does not converge."""
+        return self.flow.inverse(z) * self.scale if self.scale != 1 else self.flow.inverse(z)
+
+    def perturb(self, z0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """z_t = alpha z_0 + sigma noise."""
+        alpha, sigma = self.sde.marginal(t)
+        return expand(alpha, z0) * z0 + expand(sigma, z0) * noise
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def phases(self) -> list[Phase]:
+        """One phase for the NLL setting; flow, then score, for the FID setting. A flow without weights has none."""
+        flow = [p for p in self.flow.parameters() if p.requires_grad]
+        score = [p for p in self.score.parameters() if p.requires_grad]
+        groups = {"score": score} | ({"flow": flow} if flow else {})
+        if self.setting == "nll":
+            return [Phase("joint", groups, self.bound_loss)]
+        phases = [Phase("score", {"score": score}, self.variance_weighted_loss)]
+        return [Phase("flow", {"flow": flow}, self.bound_loss), *phases] if flow else phases
+
+    def _uniforms(self, random: StepRandom, dtype) -> Tensor:
+        draw = random.stratified if self.time_sampling == "stratified" else random.uniform
+        return draw("time", dtype=dtype)
+
+    def bound_loss(self, x: Tensor, random: StepRandom) -> Loss:
+        """NELBO / D without its constants and without the residual, nats/dim: score + flow + prior (INDM eq. 11).
+
+        Time is importance-sampled, so the score term is Z/2 |noise_hat - noise|^2. The prior term is its expectation.
+        """
+        z0, log_det = self.encode(x, random.generator("flow"))
+        t, z = self.sde.importance_time(self._uniforms(random, x.dtype))
+        noise = random.normal("noise", x.shape[1:], dtype=x.dtype)
+        dims = x[0].numel()
+        error = _squares(self.noise(self.perturb(z0, t, noise), t) - noise)
+        terms = {
+            "score": (0.5 * z * error).mean() / dims,
+            "flow": -log_det.mean() / dims,
+            "prior": self.sde.prior_cross_entropy(z0).mean() / dims,
+        }
+        return terms["score"] + terms["flow"] + terms["prior"], {k: v.detach() for k, v in terms.items()}
+
+    def variance_weighted_loss(self, x: Tensor, random: StepRandom) -> Loss:
+        """|noise_hat - noise|^2 / (2D) at uniform time in [eps, 1], latents detached (the FID setting's score step)."""
+        with torch.no_grad():
+            z0, _ = self.encode(x, random.generator("flow"))
+        t = self.sde.eps + (1 - self.sde.eps) * self._uniforms(random, x.dtype)
+        noise = random.normal("score noise", x.shape[1:], dtype=x.dtype)
+        error = _squares(self.noise(self.perturb(z0, t, noise), t) - noise)
+        loss = 0.5 * error.mean() / x[0].numel()
+        return loss, {"score": loss.detach()}
+
+    # Likelihood ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def nelbo_parts(self, x: Tensor, times: int = 1, generator: Generator = None) -> dict[str, Tensor]:
+        """Parts of the bound, nats (B,): prior, diffusion, reconstruction (the residual at eps), flow.
+
+        ``times`` noise levels an image, spread evenly in lambda with one random shift each. The known mean of a
+        control variate, w (|noise|^2 - D) with w what N(0, I) latents would make optimal, is subtracted.
+        """
+        z0, log_det = self.encode(x)
+        dims = x[0].numel()
+        low, high = self.sde.log_ratio_range(x)
+        shift = uniform((len(x), 1), generator, x.device, x.dtype)
+        grid = (torch.arange(times, device=x.device, dtype=x.dtype) + shift) / times
+        total = x.new_zeros(len(x))
+        for k in range(times):
+            t = self.sde.time(low + grid[:, k] * (high - low)).clamp(self.sde.eps, 1.0)
+            alpha, sigma = self.sde.marginal(t)
+            noise = normal(x.shape, generator, x.device, x.dtype)
+            error = _squares(self.noise(self.perturb(z0, t, noise), t) - noise)
+            weight = (alpha.square() / (alpha.square() + sigma.square())).square()
+            total += error - weight * (_squares(noise) - dims)
+        integral = high - low  # = Z / 2
+        drift = self.sde.log_alpha(1.0) - self.sde.log_alpha(self.sde.eps)
+        _, residual = self._truncate(z0, generator)
+        return {
+            "prior": self.sde.prior_cross_entropy(z0),
+            "diffusion": integral * (total / times - dims) - dims * drift,
+            "reconstruction": residual,
+            "flow": -log_det,
+        }
+
+    def _truncate(self, z0: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """(z_eps, residual (B,) nats): -log p(z_0) <= -log p(z_eps) + residual in expectation, one and the same draw.
+
+        With the decoder N((z + sigma^2 score) / alpha, sigma^2 / alpha^2) at eps (Song et al. 2021, arXiv 2101.09258).
+        """
+        t = torch.full((len(z0),), self.sde.eps, dtype=z0.dtype, device=z0.device)
+        noise = normal(z0.shape, generator, z0.device, z0.dtype)
+        z_eps = self.perturb(z0, t, noise)
+        dims = z0[0].numel()
+        residual = 0.5 * (_squares(noise - self.noise(z_eps, t)) - dims) - dims * self.sde.log_alpha(self.sde.eps)
+        return z_eps, residual
+
+    @torch.no_grad()
+    def nll_parts(
+        self,
+        x: Tensor,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        probes: int | Literal["exact"] = 1,
+        corrected: bool = True,
+        generator: Generator = None,
+    ) -> dict[str, Tensor]:
+        """Parts of the ODE's negative log-likelihood, nats (B,): prior, ode, reconstruction, flow; and nfe (B,).
+
+        ``corrected``: start at z_eps and add the residual ("after correction"); otherwise start at the clean z_0 at
+        time eps, as score_sde does ("before correction"). ``probes``: Rademacher probes a trajectory, or "exact".
+        """
+        z0, log_det = self.encode(x)
+        dims = x[0].numel()
+        vectors = probes if probes == "exact" else hutchinson_probes(probes, x.shape, generator, x.device, x.dtype)
+        start, residual = self._truncate(z0, generator) if corrected else (z0, torch.zeros_like(log_det))
+        low, high = self.sde.log_ratio_range(torch.zeros(1, dtype=x.dtype, device=x.device))
+        ends = torch.tensor([self.sde.eps, 1.0], dtype=torch.float64)
+        scales = state_scale(self.sde, ends)[0]
+
+        def field_for(rows: Tensor):
+            return flow_field(self.noise, self.sde, vectors if isinstance(vectors, str) else vectors[:, rows])
+
+        u, divergence, nfe = dormand_prince(
+            field_for, start / scales[0].to(x), low.expand(len(x)), high.expand(len(x)), rtol, atol
+        )
+        # the state was divided by s(t): its log-determinant is dims (log s(1) - log s(eps))
+        stretch = dims * float(scales[1].log() - scales[0].log())
+        return {
+            "prior": -self.sde.prior_log_prob(u * scales[1].to(x)),
+            "ode": -divergence - stretch,
+            "reconstruction": residual,
+            "flow": -log_det,
+            "nfe": nfe,
+        }
+
+    # Sampling ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        steps: int = 100,
+        sampler: str = "euler_maruyama",
+        generator: Generator = None,
+        end: float | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """n samples (n, *shape). ``self.nfe`` then holds the network evaluations a sample cost."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler = {sampler!r}: accepted are {', '.join(SAMPLERS)}")
+        like = next(self.parameters(), torch.zeros(()))
+        z = self.sde.sample_prior((n, *self.shape), generator, like.device, like.dtype)
+        z0, self.nfe = SAMPLERS[sampler](
+            self.noise, self.sde, z, steps, generator, self.sde.eps if end is None else end, **options
+        )
+        return self.decode(z0)
+
+    @torch.no_grad()
+    def trajectory(self, x: Tensor, times: Sequence[float], generator: Generator = None) -> Tensor:
+        """x_t = h^{-1}(z_t) along one path of the forward SDE, (len(times), B, *shape); times increase from >= 0."""
+        z0, _ = self.encode(x)
+        path, z, earlier = [], z0, None
+        for time in times:
+            t = torch.full((len(x),), max(float(time), 0.0), dtype=x.dtype, device=x.device)
+            if earlier is None:
+                alpha, sigma = self.sde.marginal(t)
+                mean, std = alpha, sigma if time > 0 else torch.zeros_like(sigma)
+            else:
+                mean, variance = self.sde.transition(earlier, t)
+                std = variance.sqrt()
+            z = expand(mean, z) * z + expand(std, z) * normal(z.shape, generator, z.device, z.dtype)
+            path.append(self.decode(z))
+            earlier = t
+        return torch.stack(path)
