@@ -1,8 +1,8 @@
 """Datasets by name, dequantisation and its inverse, and the one formula from nats to bits per dimension.
 
-``load(name)`` gives the whole data set in memory: uint8 images (N, C, H, W) or float32 points (N, 2). Two-dimensional densities are
-endless (``Dataset.draw``); their ``train`` set serves statistics only. Every data set carries a content hash, so that two results are
-compared only if they saw the same pixels.
+``load(name)`` gives the whole data set in memory: uint8 images (N, C, H, W) or float32 points (N, 2). Two-dimensional
+densities are endless (``Dataset.draw``); their ``train`` set serves statistics only. Every data set carries a content
+hash, so that two results are compared only if they saw the same pixels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import toy
+from bench import image_files, toy
 from bench.errors import InputError
 
 DIGIT_LEVELS = 17  # scikit-learn's digits count the dark pixels of a 4x4 block: 0..16
@@ -37,9 +37,9 @@ class Dataset:
     """A data set in memory.
 
     ``train`` and ``test``: uint8 (N, C, H, W) with values below ``levels``, or float32 (N, 2) with ``levels`` None.
-    ``hash``: sha256 (hex) over names, shapes, types and contents of both. ``std``: standard deviation of the train coordinates about
-    their overall mean, for images in the scale [-1, 1] of ``dequantise``. Endless data have ``draw(n, generator) -> (n, 2)`` (CPU
-    generator); ``log_prob(x) -> nats (B,)`` is exact where the density is known.
+    ``hash``: sha256 (hex) over names, shapes, types and contents of both. ``std``: standard deviation of the train
+    coordinates about their overall mean, for images in the scale [-1, 1] of ``dequantise``. Endless data have ``draw(n,
+    generator) -> (n, 2)`` (CPU generator); ``log_prob(x) -> nats (B,)`` is exact where the density is known.
     """
 
     name: str
@@ -109,18 +109,18 @@ def _load_toy(name: str) -> Dataset:
 
 
 def _load_digits() -> Dataset:
-    """scikit-learn's 1,797 digits of 8x8 pixels, 17 levels; a fixed split, stratified by class, of 1,500 train and 297 test images."""
+    """scikit-learn's 1,797 digits, 8x8, 17 levels; a fixed split by class into 1,500 train and 297 test images."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images = torch.from_numpy(bunch.images.astype(np.uint8))[:, None]
+    pixels = torch.from_numpy(bunch.images.astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     test = _stratified(bunch.target, DIGIT_TEST)
     return make_dataset(
         "digits",
         DIGIT_LEVELS,
-        images[~test],
-        images[test],
+        pixels[~test],
+        pixels[test],
         train_labels=labels[~test],
         test_labels=labels[test],
     )
@@ -142,30 +142,54 @@ def _stratified(labels: np.ndarray, count: int) -> Tensor:
     return mask
 
 
+_FILES: dict[str, Callable[[Path], image_files.Images]] = {
+    "cifar10": image_files.read_cifar10,
+    "cifar10-16": image_files.read_cifar10_16,
+    "cifar10-jpeg": image_files.read_cifar10_jpeg,
+}
+NAMES = (*toy.DENSITIES, "digits", *_FILES)  # and folder:<path>
+CIFAR10_COUNTS = (50_000, 10_000)
+
+
 def load(name: str, data_dir: Path | str | None = None) -> Dataset:
     """Load a data set by name.
 
-    Names: ``checkerboard``, ``gaussians``, ``swissroll``, ``digits`` (need no files).
-    ``data_dir``: argument, else the environment variable INDM_BENCH_DATA, else ``data/``.
-    Raises InputError for an unknown name.
+    Without files: ``checkerboard``, ``gaussians``, ``swissroll``, ``digits``. From files under ``data_dir`` (argument,
+    else the environment variable INDM_BENCH_DATA, else ``data/``): ``cifar10`` (called ``cifar10-subset`` when images
+    are missing), ``cifar10-jpeg``, ``cifar10-16``. ``folder:<path>``: any folder of equally large PNG or JPEG images,
+    with train/ and test/ or split by name. Raises InputError for an unknown name and for files that are missing or
+    damaged.
     """
     if name in toy.DENSITIES:
         return _load_toy(name)
     if name == "digits":
         return _load_digits()
-    raise InputError(f"dataset: unknown name {name!r}; accepted: {', '.join([*toy.DENSITIES, 'digits'])}")
+    if name.startswith("folder:") and name != "folder:":
+        folder = Path(name.removeprefix("folder:")).expanduser()
+        # only the folder's own name: a result must not carry a machine's paths
+        return _from_images(f"folder:{folder.resolve().name}", image_files.read_folder(folder))
+    if name in _FILES:
+        data = _FILES[name](Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "data").expanduser())
+        complete = name != "cifar10" or (len(data.train), len(data.test)) == CIFAR10_COUNTS
+        return _from_images(name if complete else "cifar10-subset", data)
+    raise InputError(f"dataset: unknown name {name!r}; accepted: {', '.join(NAMES)}, folder:<path>")
 
 
-def default_data_dir() -> Path:
-    """The folder of image files when none is given."""
-    return Path(os.environ.get(DATA_DIR_VARIABLE) or "data")
+def _from_images(name: str, data: image_files.Images) -> Dataset:
+    def tensor(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+    train, test = tensor(data.train), tensor(data.test)
+    labels = {"train_labels": tensor(data.train_labels), "test_labels": tensor(data.test_labels)}
+    return make_dataset(name, IMAGE_LEVELS, train, test, **labels)
 
 
 @lru_cache(maxsize=32)
 def _level_edges(levels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Smallest and largest number of ``dtype`` that belong to each level k, i.e. lie in [2k/levels - 1, 2(k+1)/levels - 1); (levels,).
+    """Smallest and largest number of ``dtype`` in each level [2k/levels - 1, 2(k+1)/levels - 1); both (levels,).
 
-    The edges 2k/17 - 1 are not floating-point numbers; deciding with rational arithmetic once makes both directions exact.
+    The edges 2k/17 - 1 are not floating-point numbers; deciding with rational arithmetic once makes both directions
+    exact.
     """
     kind = np.float64 if dtype == torch.float64 else np.float32
     lower = np.empty(levels + 1, dtype=kind)
@@ -189,8 +213,9 @@ def _check_levels(levels: int) -> None:
 def dequantise(images: Tensor, uniform: Tensor, levels: int) -> Tensor:
     """Uniform dequantisation: x = 2 (k + u) / levels - 1 in [-1, 1), in the type of ``uniform`` (float32 or float64).
 
-    ``images`` uint8 with values below ``levels``, ``uniform`` of the same shape in [0, 1). Where rounding would carry k + u to the next
-    level (u = 1 - 2**-24 on k = 255), the largest number of level k is given, so ``quantise(dequantise(k, u)) == k`` always.
+    ``images`` uint8 with values below ``levels``, ``uniform`` of the same shape in [0, 1). Where rounding would carry k
+    + u to the next level (u = 1 - 2**-24 on k = 255), the largest number of level k is given, so
+    ``quantise(dequantise(k, u)) == k`` always.
     """
     _check_levels(levels)
     if images.shape != uniform.shape:
@@ -218,8 +243,10 @@ def quantise(x: Tensor, levels: int) -> Tensor:
 
 
 def bits_per_dim(nats: Number, dims: int, levels: int, data_range: float = 2.0) -> Number:
-    """Bits/dim of the discrete data from a continuous density's ``nats`` per image: nats / (dims ln 2) + log2(levels / data_range).
+    """Bits/dim of the discrete data from the ``nats`` per image of a continuous density.
 
-    The offset is 7 for 256 levels scaled to [-1, 1] and 3.087 for the digits' 17 levels.
+    nats / (dims ln 2) + log2(levels / data_range), for levels spread evenly over an interval of length ``data_range``.
+
+    The second term is 7 for 256 levels scaled to [-1, 1] and 3.087 for the digits' 17 levels.
     """
     return nats / (dims * math.log(2)) + math.log2(levels / data_range)

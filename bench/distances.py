@@ -19,9 +19,10 @@ def _check(x: Tensor, y: Tensor) -> None:
 
 
 def _directions(dims: int, count: int, seed: int) -> Tensor:
-    """Unit directions (dims, count), float64: equally spaced angles in the plane, seeded and random in higher dimension.
+    """Unit directions (dims, count), float64: equally spaced in the plane, random from ``seed`` above.
 
-    In the plane the average over directions is a smooth periodic integral, for which equal spacing beats random directions.
+    In the plane the average over directions is a smooth periodic integral, for which equal spacing beats random
+    directions.
     """
     if dims == 2:
         angle = (torch.arange(count, dtype=torch.float64) + 0.5) * (math.pi / count)
@@ -31,10 +32,11 @@ def _directions(dims: int, count: int, seed: int) -> Tensor:
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 128, order: int = 2, seed: int = 0) -> float:
-    """Sliced Wasserstein distance of order p (Bonneel et al. 2015): (mean over directions of W_p^p)^(1/p), in the data's own unit.
+    """Sliced Wasserstein distance (Bonneel et al. 2015): (mean over directions of W_p^p)^(1/p), in the data's unit.
 
-    ``x`` and ``y`` are (n, d) with the same n: sorted projections give each one-dimensional problem its exact solution. Biased upwards
-    for finite n (about n**-1/2), so compare equal n only. Raises InputError for unequal n, another order, or values that are not finite.
+    ``x`` and ``y`` are (n, d) with the same n: sorted projections give each one-dimensional problem its exact solution.
+    Biased upwards for finite n (about n**-1/2), so compare equal n only. Raises InputError for unequal n, another
+    order, or values that are not finite.
     """
     _check(x, y)
     if len(x) != len(y) or len(x) == 0:
@@ -68,11 +70,12 @@ def _sum_within(x: Tensor, chunk: int) -> float:
 
 
 def energy_distance(x: Tensor, y: Tensor, chunk: int = 1024) -> float:
-    """Energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'| (Szekely and Rizzo 2013), the *squared* form: no square root is taken.
+    """Energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'| (Szekely and Rizzo 2013), the *squared* form: no root.
 
-    ``x`` (n, d), ``y`` (m, d). Exact over all pairs, O(nm), chunked in memory; the within terms leave out i = j (U-statistic), so the
-    estimate is unbiased and may be slightly negative when the distributions agree. A sample of one point has within term 0.
-    Raises InputError for an empty sample, mismatched dimensions, or values that are not finite.
+    ``x`` (n, d), ``y`` (m, d). Exact over all pairs, O(nm), chunked in memory; the within terms leave out i = j
+    (U-statistic), so the estimate is unbiased and may be slightly negative when the distributions agree. A sample of
+    one point has within term 0. Raises InputError for an empty sample, mismatched dimensions, or values that are not
+    finite.
     """
     _check(x, y)
     n, m = len(x), len(y)

@@ -1,8 +1,9 @@
 """Two-dimensional densities with endless samples: the ground truth of the harness.
 
-Coordinates are left as they are (overall standard deviation about 1.2 for the checkerboard and 2 for the Gaussians), so that
-likelihoods are comparable with the entropies that other papers print. Uniform and normal numbers of the two curved densities are
-drawn in float64 and rounded once, so that the fixed test sets, and hence their hashes, do not depend on a machine's cosine.
+Coordinates are left as they are (overall standard deviation about 1.2 for the checkerboard and 2 for the Gaussians), so
+that likelihoods are comparable with the entropies that other papers print. Uniform and normal numbers of the two curved
+densities are drawn in float64 and rounded once, so that the fixed test sets, and hence their hashes, do not depend on a
+machine's cosine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SWISSROLL_SIGMA = 0.2
 
 @dataclass(frozen=True)
 class Density:
-    """A density on the plane: ``draw(n, generator) -> float32 (n, 2)`` and, where known, ``log_prob(x) -> nats (B,)``."""
+    """A density on the plane: ``draw(n, generator) -> float32 (n, 2)``; where known, ``log_prob(x) -> nats (B,)``."""
 
     draw: Callable[[int, torch.Generator], Tensor]
     log_prob: Callable[[Tensor], Tensor] | None
