@@ -1,7 +1,8 @@
 """Suites, variants and runs: what `experiments/<suite>.yaml` says, checked before anything is computed.
 
 A run is one (suite, variant, data set, seed). Its settings are deep-merged: the suite's defaults, then the data set's,
-then the variant's, then the variant's own for that data set (``variants.<v>.datasets.<d>``), then `--set` overrides. A merge that changes the ``name`` of a component replaces the component.
+then the variant's, then the variant's own for that data set (``variants.<v>.datasets.<d>``), then `--set` overrides.
+A merge that changes the ``name`` of a component replaces the component.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bench.settings import (
     SamplerConfig,
     TrainConfig,
 )
-from bench.yaml_files import parse_yaml, read_yaml
+from bench.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 SECTIONS = ("model", "train", "evaluate")
 # (shape, train, test) of the data sets whose size is a constant; None: endless, or known only once the files are read
@@ -234,6 +235,11 @@ def runs_root() -> Path:
 def reports_root() -> Path:
     """Folder of the reports: INDM_BENCH_REPORTS, else `reports` under the current folder."""
     return Path(os.environ.get("INDM_BENCH_REPORTS") or "reports")
+
+
+def dump_config(run: RunConfig) -> str:
+    """The text of a run's `config.yaml`."""
+    return dump_yaml(run.resolved())
 
 
 def read_run(folder: Path) -> RunConfig:

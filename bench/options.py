@@ -87,7 +87,7 @@ def _first_problem(schema: type[BaseModel], value: Any, error: ValidationError) 
 
 
 def _resolve(value: Any, loc: Sequence[str | int]) -> tuple[tuple[str | int, ...], Any]:
-    """The part of pydantic's location that exists in the data (the rest names members of a union), and what is there."""
+    """The part of pydantic's location that exists in the data, and what is there; the rest names members of a union."""
     where: list[str | int] = []
     for part in loc:
         if isinstance(value, Mapping) and part in value:
