@@ -257,6 +257,8 @@ def _cached(source: Path, digest: str, decode: Callable[[], Images]) -> Images:
                 labels = [file[key] if key in file.files else None for key in ("train_labels", "test_labels")]
                 return Images(file["train"], file["test"], *labels)
     images = decode()
+    if not source.parent.stat().st_mode & 0o222:  # a folder marked read-only stays untouched, even by root
+        return images
     with suppress(OSError):  # a read-only folder or a full disk only costs the next reader some time
         with atomic_path(path) as temporary:
             np.savez(temporary, **{key: value for key, value in vars(images).items() if value is not None})

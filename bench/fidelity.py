@@ -1,0 +1,241 @@
+"""Image quality through torch-fidelity: Frechet distance, kernel distance (KID), precision and recall.
+
+The mathematics are torch-fidelity's own functions on features; only the walk around them is ours, because
+``calculate_metrics`` starts worker processes and extracts the reference again at every call. The reference's features
+are kept in memory under the hash of its content and the extractor's name, never under a name alone.
+
+A distance belongs to its features, its reference set and its number of images: the record carries all three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+
+from bench.data import content_hash
+from bench.errors import InputError
+from bench.features import digits_extractor
+
+METRICS = ("fd", "kid", "precision_recall")
+DIGITS = "digits"
+INCEPTION = "inception"
+INCEPTION_REGISTERED = "inception-v3-compat"
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1000
+NEIGHBOURS = 3
+_WHOLE_MATRIX = 20_000  # images above which precision and recall work by blocks
+_CACHED_REFERENCES = 4
+_NOT_FINITE = "features are not finite"
+
+
+class ImageTensor(TorchDataset):
+    """uint8 (N, C, H, W) as torch-fidelity wants it: one (C, H, W) an item, grey repeated to ``channels``."""
+
+    def __init__(self, images: Tensor, channels: int | None = None) -> None:
+        self.images = images if channels is None else images.expand(-1, channels, -1, -1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+class _NotMeasured(Exception):
+    """A reason, told in the status, for which no number can be given."""
+
+
+_references: OrderedDict[tuple[str, str], tuple[Tensor, dict[str, np.ndarray]]] = OrderedDict()
+
+
+def image_quality(
+    generated: Tensor,
+    reference: Tensor,
+    features: str,
+    metrics: Sequence[str] = METRICS,
+    weights: Path | str | None = None,
+    *,
+    levels: int = 256,
+    device: str | torch.device = "cpu",
+    batch_size: int = 256,
+    kid_subsets: int = KID_SUBSETS,
+    seed: int = 2020,
+) -> dict[str, Any]:
+    """Distances between generated and reference images, uint8 (N, C, H, W) and (M, C, H, W).
+
+    ``features``: ``digits`` (the digits classifier, trained when first needed), the name of another registered
+    extractor (``bench.features.load_extractor``), or ``inception`` for the standard FID features. Inception's
+    ``weights`` are a path, ``"download"`` (torch-fidelity's published file), or None: torch's own cache, if the file is
+    there. Inception wants 256 levels and three channels: other ``levels`` are stretched to 0..255 and grey is repeated.
+    ``metrics``: any of ``fd``, ``kid``, ``precision_recall``.
+
+    Returns ``fd`` (``fid`` with Inception), ``kid``, ``kid_std`` (over subsets of this one sample, not over runs),
+    ``kid_subset_size``, ``precision``, ``recall`` (of 3 nearest neighbours), ``n``, ``n_reference``, ``features`` (the
+    extractor's full name), ``status``: "ok" or the reason for each value that is None. A Frechet distance is refused
+    where either set has fewer images than the features have dimensions. KID subsets have min(1000, n/2, m/2) images.
+    Raises InputError for images, metrics or names that cannot be used.
+    """
+    _check(generated, reference, metrics)
+    frechet = "fid" if features in (INCEPTION, INCEPTION_REGISTERED) else "fd"
+    result: dict[str, Any] = dict.fromkeys((frechet, "kid", "kid_std", "kid_subset_size", "precision", "recall"))
+    result |= {"n": len(generated), "n_reference": len(reference), "features": features, "status": "ok"}
+    try:
+        name, extractor = _extractor(features, weights, torch.device(device))
+    except _NotMeasured as reason:
+        return result | {"status": f"not measured: {reason}"}
+    result["features"] = name
+    if min(len(generated), len(reference)) == 0:
+        return result | {"status": "not measured: a set of images is empty"}
+
+    def extract(images: Tensor) -> Tensor:
+        dataset = ImageTensor(images)
+        if frechet == "fid":
+            if levels != 256:
+                images = (images.float() * (255 / (levels - 1))).round().to(torch.uint8)
+            dataset = ImageTensor(images, 3)
+        cuda = torch.device(device).type == "cuda"
+        found = get_featuresdict_from_dataset(dataset, extractor, batch_size, cuda, save_cpu_ram=True, verbose=False)
+        return found[extractor.get_requested_features_list()[0]]
+
+    try:
+        real, real_statistics = _reference(f"{name}/{levels}", reference, extract)
+    except _NotMeasured as reason:
+        return result | {"status": f"not measured: {reason}"}
+    fake = extract(generated)
+    if not torch.isfinite(fake).all():
+        return result | {"status": f"not measured: {_NOT_FINITE}"}
+    reasons = []
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "fd": lambda: {frechet: _frechet(fake, real, real_statistics)},
+        "kid": lambda: _kernel(fake, real, kid_subsets, seed),
+        "precision_recall": lambda: _precision_recall(fake, real, torch.device(device)),
+    }
+    for metric in metrics:
+        try:
+            values = measures[metric]()
+            if not all(math.isfinite(value) for value in values.values()):
+                raise _NotMeasured("the value is not finite")
+            result |= values
+        except _NotMeasured as reason:
+            reasons.append(f"{frechet if metric == 'fd' else metric} not measured: {reason}")
+    return result | {"status": "; ".join(reasons) or "ok"}
+
+
+def _check(generated: Tensor, reference: Tensor, metrics: Sequence[str]) -> None:
+    for role, images in (("generated", generated), ("reference", reference)):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise InputError(
+                f"{role}: {images.dtype} {tuple(images.shape)} is not accepted; give uint8 (N, 1 or 3, H, W)"
+            )
+    if generated.shape[1:] != reference.shape[1:]:
+        raise InputError(
+            f"generated: shape {tuple(generated.shape[1:])} differs from the reference's {tuple(reference.shape[1:])}"
+        )
+    for metric in metrics:
+        if metric not in METRICS:
+            raise InputError(f"metrics: unknown {metric!r}; accepted: {', '.join(METRICS)}")
+
+
+def _reference(name: str, images: Tensor, extract: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, np.ndarray]]:
+    key = (name, content_hash({"reference": images}))
+    if key not in _references:
+        features = extract(images)
+        if not torch.isfinite(features).all():
+            raise _NotMeasured(_NOT_FINITE)
+        _references[key] = (features, fid_features_to_statistics(features))
+        while len(_references) > _CACHED_REFERENCES:
+            _references.popitem(last=False)
+    _references.move_to_end(key)
+    return _references[key]
+
+
+def _frechet(fake: Tensor, real: Tensor, real_statistics: dict[str, np.ndarray]) -> float:
+    count, dimension = min(len(fake), len(real)), fake.shape[1]
+    if count < dimension:
+        raise _NotMeasured(f"{count} images are fewer than the {dimension} feature dimensions")
+    try:
+        value = fid_statistics_to_metric(fid_features_to_statistics(fake), real_statistics, verbose=False)
+    except np.linalg.LinAlgError as error:
+        raise _NotMeasured(f"the covariance has no square root ({error})") from error
+    return value[KEY_METRIC_FID]
+
+
+def _kernel(fake: Tensor, real: Tensor, subsets: int, seed: int) -> dict[str, Any]:
+    # half of the smaller set at most: subsets of the whole set would all be the same and their spread nought
+    size = min(KID_SUBSET_SIZE, len(fake) // 2, len(real) // 2)
+    if size < 2:
+        raise _NotMeasured(f"{min(len(fake), len(real))} images are too few; 4 are needed")
+    found = kid_features_to_metric(fake, real, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False)
+    return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD], "kid_subset_size": size}
+
+
+def _precision_recall(fake: Tensor, real: Tensor, device: torch.device) -> dict[str, float]:
+    count = min(len(fake), len(real))
+    if count <= NEIGHBOURS:
+        raise _NotMeasured(f"{count} images are too few for {NEIGHBOURS} nearest neighbours")
+    blocks = max(len(fake), len(real)) > _WHOLE_MATRIX
+    found = prc_features_to_metric(
+        fake.to(device), real.to(device), prc_neighborhood=NEIGHBOURS, save_cpu_ram=blocks, verbose=False
+    )
+    return {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL]}
+
+
+def _extractor(features: str, weights: Path | str | None, device: torch.device) -> tuple[str, FeatureExtractorBase]:
+    """The full name of an extractor, which names its weights, and the extractor itself on ``device``."""
+    options: dict[str, Any] = {}
+    if features in (INCEPTION, INCEPTION_REGISTERED):
+        path, digest = _inception_weights(weights)
+        registered, name = INCEPTION_REGISTERED, f"{INCEPTION_REGISTERED}-{digest[:8]}"
+        options["feature_extractor_weights_path"] = str(path)
+    else:
+        registered = name = digits_extractor() if features == DIGITS else features
+        found = FEATURE_EXTRACTORS_REGISTRY.get(name)
+        # torch-fidelity's own extractors would fetch weights from the network without being asked
+        if found is None or found.__module__.startswith("torch_fidelity."):
+            ours = [
+                key for key, cls in FEATURE_EXTRACTORS_REGISTRY.items() if not cls.__module__.startswith("torch_fid")
+            ]
+            raise InputError(
+                f"features: {features!r} is not registered; accepted: {', '.join([DIGITS, INCEPTION, *ours])}"
+            )
+    layer = FEATURE_EXTRACTORS_REGISTRY[registered].get_default_feature_layer_for_metric("fid")
+    cuda = device.type == "cuda"
+    return name, create_feature_extractor(registered, [layer], cuda=cuda, verbose=False, **options)
+
+
+def _inception_weights(weights: Path | str | None) -> tuple[Path, str]:
+    """Path and sha256 of the Inception weights, proven to hold tensors only.
+
+    torch-fidelity unpickles the file without restriction; a file that torch's restricted reader accepts can do nothing
+    else there.
+    """
+    default = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
+    if weights == "download" and not default.is_file():
+        default.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(default), hash_prefix=default.stem[-8:], progress=True)
+    path = default if weights in (None, "download") else Path(weights).expanduser()
+    if not path.is_file():
+        shown = f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+        raise _NotMeasured(f"Inception weights not found at {shown}, pass --inception-weights")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
+        raise InputError(f"{path}: not a file of Inception weights ({str(error).splitlines()[0]})") from error
+    with open(path, "rb") as stream:
+        return path, hashlib.file_digest(stream, "sha256").hexdigest()
