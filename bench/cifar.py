@@ -89,7 +89,8 @@ def parse_batch(content: bytes, source: str) -> Arrays:
     try:
         batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle may raise anything; nothing of it has been executed
-        raise InputError(f"{source}: not an official CIFAR-10 batch ({str(error) or type(error).__name__})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{source}: not an official CIFAR-10 batch ({reason})") from error
     if not isinstance(batch, dict):
         raise InputError(
             f"{source}: not an official CIFAR-10 batch (a {type(batch).__name__} where a dict is expected)"

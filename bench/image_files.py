@@ -101,7 +101,7 @@ def read_npz(path: Path) -> Images:
     Labels that are not one integer per image are left out with a warning: no likelihood and no distance needs them.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             found = {key: file[key] for key in file.files}
     except _DAMAGED as error:
         raise InputError(f"{path}: not a readable .npz file of plain arrays ({error})") from error
@@ -253,7 +253,7 @@ def _cached(source: Path, digest: str, decode: Callable[[], Images]) -> Images:
     path = source.with_name(f"{source.name}.decoded-{digest[:16]}.npz")
     if path.is_file():
         with suppress(*_DAMAGED):  # a damaged cache is made again
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
                 labels = [file[key] if key in file.files else None for key in ("train_labels", "test_labels")]
                 return Images(file["train"], file["test"], *labels)
     images = decode()
