@@ -18,8 +18,8 @@ from torch import Tensor
 
 from models.flows.lipschitz import Jacobian
 
-# Elements of the largest intermediate tensor while columns of J are computed: 64 MiB in float32.
-COLUMN_BUDGET = 2**24
+# Elements of the largest tensor while columns of J are computed: what a CPU's cache or a GPU's memory holds with ease.
+COLUMN_BUDGET = {"cpu": 2**17, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,19 @@ class Roulette:
     stay: float = 0.9
     rate: float = 2.0
 
-    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """`count` independent lengths N, int64 on the CPU."""
+    def draw(self, count: int, groups: int, generator: torch.Generator | None = None) -> Tensor:
+        """Lengths N for `count` samples, int64 (count,) on the CPU, one for each of `groups` runs of samples.
+
+        The runs' uniform numbers are one draw shifted by equal steps around [0, 1): each N has its distribution exactly,
+        while the work of a call, which is the number of terms in all, hardly varies.
+        """
         device = "cpu" if generator is None else generator.device
-        if self.kind == "poisson":
-            rates = torch.full((count,), self.rate, dtype=torch.float64, device=device)
-            return torch.poisson(rates, generator=generator).long().cpu()
-        # P(N >= k) = entry * stay^(k-1) = P(U < entry * stay^(k-1)), solved for the largest such k.
-        uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=device).clamp_min(1e-300).cpu()
-        return (1 + torch.floor(torch.log(uniform / self.entry) / math.log(self.stay))).clamp_min(0).long()
+        start = torch.rand((), generator=generator, dtype=torch.float64, device=device).cpu()
+        uniform = ((start + torch.arange(groups, dtype=torch.float64) / groups) % 1.0).clamp_min(1e-12)
+        lengths, k = torch.zeros(groups, dtype=torch.int64), 1
+        while (longer := uniform < self.survival(k)).any():
+            lengths, k = lengths + longer, k + 1
+        return lengths[torch.arange(count) * groups // count]
 
     def survival(self, k: int) -> float:
         """P(N >= k)."""
@@ -60,22 +64,35 @@ class Roulette:
         return self.entry * self.stay ** (k - 1)
 
 
-def exact(jacobian: Jacobian, like: Tensor) -> Tensor:
-    """log|det(I + J)|, nats (B,), differentiable; `like` is a point's batch (B, ...), for its shape and dtype."""
-    batch, dims = like.shape[0], like[0].numel()
-    width = max(s[0].numel() for s in jacobian.slopes if s is not None)
-    size = max(1, COLUMN_BUDGET // max(1, batch * width))
+def columns(jacobian: Jacobian, like: Tensor) -> Tensor:
+    """J's columns (B, D, D), [b, i, o] = d g_o / d a_i of sample b; `like` (B, ...) is the point, for its shape."""
+    batch, dims = len(like), like[0].numel()
+    if like.ndim == 2 and dims <= 8:
+        return jacobian.vector_columns()
+    # Products with the basis, a few samples at a time and if need be a few columns at a time.
+    budget = COLUMN_BUDGET.get(like.device.type, COLUMN_BUDGET["cuda"])
+    width = max(slope[0].numel() for slope in jacobian.slopes if slope is not None)
+    samples = max(1, min(batch, budget // (width * dims)))
+    tangents = max(1, min(dims, budget // (width * samples)))
     basis = torch.eye(dims, dtype=like.dtype, device=like.device).reshape(dims, 1, *like.shape[1:])
-    parts = [(jacobian @ part.expand(-1, *like.shape)).flatten(2) for part in basis.split(size)]
-    columns = parts[0] if len(parts) == 1 else torch.cat(parts)  # (in, B, out)
+    rows = []
+    for start in range(0, batch, samples):
+        few = jacobian.at(slice(start, start + samples))
+        count = min(samples, batch - start)
+        parts = [few @ part.expand(-1, count, *like.shape[1:]) for part in basis.split(tangents)]
+        rows.append(torch.cat(parts).flatten(2).transpose(0, 1))
+    return torch.cat(rows)
+
+
+def log_det_from_columns(columns: Tensor) -> Tensor:
+    """log|det(I + J)| from the columns (or rows) of J, (..., D, D) -> (...), nats; differentiable."""
+    dims = columns.shape[-1]
     if dims == 1:
-        return torch.log1p(columns[0, :, 0])
+        return torch.log1p(columns[..., 0, 0])
     if dims == 2:
-        a, b = columns.unbind(0)
-        (p, q), (r, s) = a.unbind(1), b.unbind(1)
+        p, q, r, s = columns.flatten(-2).unbind(-1)
         return torch.log1p(p + s + p * s - q * r)
-    matrix = columns.permute(1, 2, 0) + torch.eye(dims, dtype=like.dtype, device=like.device)
-    return torch.linalg.slogdet(matrix.contiguous()).logabsdet
+    return torch.linalg.slogdet(columns + torch.eye(dims, dtype=columns.dtype, device=columns.device)).logabsdet
 
 
 def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulette: Roulette) -> Tensor:
@@ -84,27 +101,40 @@ def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulett
     `probe` (B, ...) has independent entries of mean 0 and variance 1; `depth` (B,) int64 on the CPU holds the draws of
     `roulette`; the first `fixed` powers of J are always used.
     """
-    # Samples are sorted by length, so those still in the sum are always a leading slice.
-    order = torch.argsort(depth, descending=True).to(probe.device)
-    alive = torch.bincount(depth).flip(0).cumsum(0).flip(0)[1:].tolist()
-    sorted_probe = probe[order]
+    # Samples are sorted by length, so those still in the sum are a leading slice. Its size is rounded up to eighths of
+    # the batch, since a convolution of a size not met before costs more to set up than to run.
+    order = torch.argsort(depth, descending=True)
+    lengths = depth[order].to(probe.device)
+    step = max(1, len(probe) // 8)
+    alive = [-(-n // step) * step for n in torch.bincount(depth).flip(0).cumsum(0).flip(0)[1:].tolist()]
+    order = order.to(probe.device)
     with torch.no_grad():
-        frozen = jacobian.detach().at(order)
-        power, sum_ = sorted_probe, sorted_probe.clone()
-        value = torch.zeros(probe.shape[0], dtype=torch.promote_types(probe.dtype, torch.float32), device=probe.device)
+        frozen, start = jacobian.detach(), probe[order]
+        if alive:
+            frozen = frozen.at(order)
+        power, neumann = start, start.clone()
+        value = start.new_zeros(len(start))
         for k in range(1, fixed + len(alive) + 1):
-            count = alive[k - fixed - 1] if k > fixed else len(probe)
-            if count < len(power):
-                power, frozen = power[:count], frozen.at(slice(count))
+            weight: float | Tensor = (-1.0) ** k
+            if k > fixed:
+                if (count := alive[k - fixed - 1]) < len(power):
+                    power, frozen = power[:count], frozen.at(slice(count))
+                weight = weight / roulette.survival(k - fixed) * (lengths[: len(power)] >= k - fixed)
             power = frozen @ power
-            weight = (-1.0) ** k / roulette.survival(k - fixed)
-            value[:count] -= weight / k * (sorted_probe[:count] * power).flatten(1).sum(1)
-            sum_[:count] += weight * power
-        inverse_order = torch.argsort(order)
-        value, sum_ = value[inverse_order], sum_[inverse_order]
+            count = len(power)
+            value[:count] -= weight / k * (start[:count] * power).flatten(1).sum(1)
+            if k > fixed:
+                weight = weight.reshape(-1, *(1,) * (power.ndim - 1)).to(power.dtype)
+            neumann[:count] += weight * power
+            # What is left is at most |power| rho / (1 - rho) in the mean: below rounding there is nothing to add, and on
+            # a CPU denormal numbers would cost a hundred times the arithmetic. Not at each k: it makes a GPU wait.
+            if k % 4 == 0 and power.abs().amax() < 0.01 * torch.finfo(power.dtype).eps:
+                break
+        back = torch.argsort(order)
+        value, neumann = value[back], neumann[back]
     if not torch.is_grad_enabled():
         return value
-    surrogate = (probe * (jacobian @ sum_)).flatten(1).sum(1)
+    surrogate = (probe * (jacobian @ neumann)).flatten(1).sum(1)
     return value + (surrogate - surrogate.detach())
 
 

@@ -15,11 +15,16 @@ from torch.nn import functional as F
 
 from models.flows.errors import FlowInverseError
 from models.flows.lipschitz import TWO_PI, Chain, constrain
-from models.flows.log_det import Roulette, exact, probes, series
+from models.flows.log_det import Roulette, columns, log_det_from_columns, probes, series
 
 # "auto" computes the log-determinant exactly up to these dimensions, in training and in evaluation.
 EXACT_TRAIN = 4
 EXACT_EVAL = 256
+
+# In training, so many parts of the batch have a roulette draw each: one draw for the whole batch would leave its noise
+# undiminished by averaging, one for each sample would make many products with almost empty batches. In evaluation each
+# sample has its own, so that samples' errors are their own.
+ROULETTE_GROUPS = 8
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -155,21 +160,27 @@ class ResidualFlow(nn.Module):
         )
         with self._autocast(x):
             a = self._enter(x)
-            total: Tensor | None = None
+            terms: list[Tensor] = []
             for level, chains in enumerate(self._chains()):
                 if level:
                     a = F.pixel_unshuffle(a, 2)
                 for chain in chains:
                     change, jacobian = chain.linearise(a)
                     if is_exact:
-                        term = exact(jacobian, a)
+                        term = columns(jacobian, a)
+                        # Small matrices wait and are done in one batch after the last block.
+                        term = log_det_from_columns(term) if dims > 2 else term
                     else:
-                        depth = self.roulette.draw(len(a), generator)
+                        groups = min(len(a), ROULETTE_GROUPS) if self.training else len(a)
+                        depth = self.roulette.draw(len(a), groups, generator)
                         probe = probes(self.probes, a, generator)
                         term = series(jacobian, probe, depth, self.terms[self.training], self.roulette)
                     a = a + change
-                    total = term if total is None else total + term
-            return self._leave(a), total
+                    terms.append(term)
+            total = torch.stack(terms)
+            if is_exact and dims <= 2:
+                total = log_det_from_columns(total)
+            return self._leave(a), total.sum(0)
 
     def latent(self, x: Tensor) -> Tensor:
         """z alone, for steps that need no log-determinant: a third of the work, no random numbers."""
