@@ -1,7 +1,7 @@
 """Seeds -> mean and interval, paired comparison, verdict.
 
-Every interval is Student's t over independent seeds. Numbers are plain floats in the unit of the input. NaN and infinity
-are refused: a run without a number has a status instead, and a mean over what is left would hide it.
+Every interval is Student's t over independent seeds. Numbers are plain floats in the unit of the input. NaN and
+infinity are refused: a run without a number has a status instead, and a mean over what is left would hide it.
 """
 
 from __future__ import annotations

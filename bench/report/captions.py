@@ -1,0 +1,127 @@
+"""What a table must say about itself: data set, scale, sizes, units, protocol, and that they are not the paper's."""
+
+from __future__ import annotations
+
+from bench.report.display import plain
+from bench.report.load import Run, finite
+from bench.report.tables import Grid, _common
+
+# data of the paper's tables; a reduced training budget is still said
+PAPER_DATA = ("cifar10", "celeba64")
+PAPER_SCALE = ("cifar10", "celeba64")
+
+
+def captions(suite: str, grid: Grid) -> dict[str, dict[str, str]]:
+    """Table -> data set (or "published") -> caption."""
+    made: dict[str, dict[str, str]] = {
+        name: {} for name in ("learning_curve", "nll_nelbo_gap", "likelihood_parts", "step_robustness", "costs")
+    }
+    for dataset in grid.datasets:
+        runs = grid.of(dataset)
+        first = next((run for run in runs if run.likelihood and not run.diverged), None)
+        scale = f"{data_words(dataset, first)} {scale_words(suite, dataset, runs)}"
+        spread = (
+            "Each number is the mean over seeds ± half its 95 % t interval; no ± where all seeds agree or there is one."
+        )
+        made["learning_curve"][dataset] = " ".join((scale, _curve(runs), spread))
+        made["nll_nelbo_gap"][dataset] = " ".join((scale, _likelihood(first), spread))
+        made["likelihood_parts"][dataset] = " ".join((scale, _parts(first), spread))
+        made["step_robustness"][dataset] = " ".join((scale, _quality(runs), spread))
+        made["costs"][dataset] = " ".join((scale, _costs(), spread))
+    elsewhere = (
+        "Published values on CIFAR-10, each as its source states it and with how far the reading can be trusted. "
+        "The data set and the scale of this suite are not the paper's: these numbers are here for orientation, and "
+        "no difference between them and the rows above means anything."
+    )
+    if suite in PAPER_SCALE:
+        elsewhere = "Published values, each as its source states it and with how far the reading can be trusted."
+    made["nll_nelbo_gap"]["published"] = elsewhere
+    made["step_robustness"]["published"] = elsewhere
+    return made
+
+
+def data_words(dataset: str, run: Run | None) -> str:
+    """The data set, its sizes and the beginning of its content hash."""
+    data = (run.likelihood or {}).get("data") if run else None
+    if not isinstance(data, dict):
+        return f"Data set {dataset} (no evaluated run says which content it had)."
+    sizes = data.get("shape") or []
+    if data.get("levels"):
+        kind = f"images of shape {'×'.join(map(str, sizes))}, {data['levels']} levels"
+    else:
+        kind = f"points in {' × '.join(map(str, sizes))} dimensions"
+    train = f"{data['train']:,} training" if data.get("train") else "endless training"
+    content = f"content sha256 {str(data.get('hash'))[:12]}"
+    return f"Data set {data.get('name', dataset)}: {train} and {data.get('test', 0):,} test {kind}, {content}."
+
+
+def scale_words(suite: str, dataset: str, runs: list[Run]) -> str:
+    """How far data and training budget are from the paper's."""
+    found = (finite((run.provenance or {}).get("images_seen")) for run in runs)
+    seen = sorted({int(count) for count in found if count})
+    budget = f"{seen[0]:,}" + (f" to {seen[-1]:,}" if len(seen) > 1 else "") if seen else "an unknown number of"
+    what = "points" if any((run.likelihood or {}).get("units") == "nats" for run in runs) else "images"
+    if suite in PAPER_SCALE:
+        return f"Trained on {budget} {what}."
+    if dataset.split("-")[0] in PAPER_DATA:
+        return f"Trained on {budget} {what}: the data are the paper's, or a part of them; the scale is not."
+    return f"Trained on {budget} {what}: neither the data set nor the scale is the paper's."
+
+
+def _likelihood(run: Run | None) -> str:
+    if run is None:
+        return "No run was evaluated."
+    record = run.likelihood or {}
+    nelbo, nll, protocol = (record.get(name) or {} for name in ("nelbo", "nll", "protocol"))
+    probes = nll.get("probes")
+    trace = "exact divergence" if probes == "exact" else f"{probes} Hutchinson probe{'' if probes == 1 else 's'}"
+    eps = f", truncation eps = {plain(protocol['eps'])}" if isinstance(protocol.get("eps"), int | float) else ""
+    discrete = protocol.get("dequantiser") and record.get("units") != "nats"
+    dequantiser = f", {protocol['dequantiser']} dequantisation" if discrete else ""
+    weights = f", {str(protocol['weights']).upper()} weights" if protocol.get("weights") else ""
+    tolerances = f"rtol {plain(nll.get('rtol'))}, atol {plain(nll.get('atol'))}"
+    return (
+        f"In {record.get('units')}, over the same n = {record.get('n')} test samples for every row"
+        f"{eps}{dequantiser}{weights}. NELBO bounds the generative SDE: {nelbo.get('repeats')} repeats of "
+        f"{nelbo.get('times')} time draws a sample. NLL is of the probability-flow ODE: {nll.get('solver')}, "
+        f"{tolerances}, {trace}. Gap = NELBO − NLL; the two belong to different processes, so it may be negative. "
+        "Corrected numbers include the residual term at eps, uncorrected ones leave it out."
+    )
+
+
+def _parts(run: Run | None) -> str:
+    units = (run.likelihood or {}).get("units") if run else None
+    return (
+        f"The named parts of each bound{f', in {units}' if units else ''}; they sum to the total. The ODE part belongs "
+        "to the NLL, the diffusion part to the NELBO; uncorrected bounds have no reconstruction part."
+    )
+
+
+def _curve(runs: list[Run]) -> str:
+    settings = [run.config.get("train") or {} for run in runs if run.config]
+    images = _common(setting.get("curve_images") for setting in settings)
+    samples = _common(setting.get("curve_samples") for setting in settings)
+    steps = _common(setting.get("curve_steps") for setting in settings)
+    text = f"Measured with the averaged weights on {images or 'a fixed number of'} test samples"
+    return text + (f"; sample quality on {samples} samples of {steps} steps." if samples else ".")
+
+
+def _quality(runs: list[Run]) -> str:
+    counts = sorted({line.get("n", "") for run in runs for line in run.robustness} - {""}, key=float)
+    n = " or ".join(str(int(float(count))) for count in counts) or "an unknown number of"
+    features = _common((run.config.get("evaluate") or {}).get("features") for run in runs)
+    reference = _common(((run.likelihood or {}).get("protocol") or {}).get("reference") for run in runs)
+    against = f"the {reference}{'ing' if reference == 'train' else ''} set" if reference else "the data"
+    if any(line.get("energy") or line.get("sliced_wasserstein") for run in runs for line in run.robustness):
+        what = f"Energy distance and sliced Wasserstein distance to {against}"
+    else:
+        network = f"features of {features}" if features else "features"
+        what = f"Fréchet distance (FD) and KID of {network} to {against}, not comparable with a published FID"
+    return f"{what}, n = {n} samples a cell. NFE counts network evaluations a sample."
+
+
+def _costs() -> str:
+    return (
+        "Training seconds leave out the measurement of the learning curve; ms a step are training seconds over steps. "
+        "Seconds and megabytes hold for the device named in the row only."
+    )

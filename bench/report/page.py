@@ -1,0 +1,243 @@
+"""The page: one self-contained HTML file over all reported suites, made from ``reports/`` alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.errors import InputError
+from bench.files import read_json, write_text_atomic
+from bench.report.beside import beside_the_paper
+from bench.report.display import SAMPLERS, TITLES, label, views
+from bench.report.findings import score
+from bench.report.forest import forest
+from bench.report.references import load_published
+from bench.report.tables import TABLES
+
+SUMMARY = "summary.json"
+ORDER = ("toy2d", "digits", "cifar10-lite", "cifar10", "celeba64")
+LAST = ("smoke",)
+# bytes of the whole page, and the widths (figures, pictures) tried in turn to stay below it
+LIMIT = 6_000_000
+WIDTHS = ((1240, 480), (1000, 360), (760, 260), (560, 180))
+VARIANTS = {
+    "ddpmpp-vp": "variance-preserving linear diffusion with the DDPM++ score network",
+    "ddpmpp-subvp": "sub-variance-preserving linear diffusion with the DDPM++ score network",
+    "ncsnpp-ve": "variance-exploding linear diffusion with the NCSN++ score network",
+    "indm-vp-nll": "a residual flow before the variance-preserving diffusion, both trained on the bound (NLL setting)",
+    "indm-vp-fid": "the same, flow trained on the bound and score on its variance-weighted loss (FID setting)",
+    "indm-ve": "a residual flow before the variance-exploding diffusion",
+}
+
+
+def report_index(reports_root: Path | str) -> None:
+    """Write ``reports_root``/index.html over all suites that have a report. Raises InputError where there is none."""
+    root = Path(reports_root)
+    names = [path.parent.name for path in root.glob(f"*/{SUMMARY}")]
+    if not names:
+        raise InputError(f"{root}: no suite has a report yet; accepted: run `indm-bench report SUITE` first")
+    last = len(ORDER)
+    names.sort(key=lambda name: (name in LAST, ORDER.index(name) if name in ORDER else last, name))
+    template = _environment().get_template("page.html.j2")
+    for widths in WIDTHS:
+        suites = [_suite(root / name, root, widths) for name in names]
+        page = template.render(suites=suites, overview=_overview(suites), variants=VARIANTS, label=label)
+        if len(page.encode()) < LIMIT:
+            break
+    write_text_atomic(root / "index.html", page)
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("bench.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["duration"] = duration
+    # a number stays on one line with its interval
+    environment.filters["tied"] = lambda text: str(text).replace(" ± ", "\u00a0±\u00a0").replace(" − ", "\u00a0− ")
+    return environment
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def _suite(folder: Path, root: Path, widths: tuple[int, int]) -> dict[str, Any]:
+    """Everything the template says about one suite."""
+    summary = read_json(folder / SUMMARY)
+    if summary.get("schema") != 1:
+        raise InputError(f"{folder / SUMMARY}: schema {summary.get('schema')}: this page reads schema 1")
+    rows = {name: make().read_rows(folder / f"{name}.csv") for name, make in TABLES.items()}
+    shown = []
+    for name, make in TABLES.items():
+        table = make()
+        table.rows = rows[name]
+        made = views(table, summary["captions"].get(name, {}))
+        shown.append({"name": name, "title": TITLES[name], "views": made})
+    return summary | {
+        "anchor": f"suite-{folder.name}",
+        "claims": _claims(summary),
+        "board": _board(summary),
+        "score": score(summary["findings"]),
+        "figures": [_figure(folder / "figures" / name, summary, widths[0]) for name in summary["figures"]],
+        "pictures": _pictures(folder / "figures", summary, widths[1]),
+        "tables": [
+            table | {"views": [view for view in table["views"] if view.dataset != "published"]} for table in shown
+        ],
+        "published": [view for table in shown for view in table["views"] if view.dataset == "published"],
+        "beside": beside_the_paper(rows, load_published(root / "reference.csv"), summary),
+        "missing": _grouped(summary["missing"], len(summary["datasets"]) > 1),
+        "hardware": _hardware(summary["provenance"]),
+        "chance": round(0.05 * sum(finding["mean"] is not None for finding in summary["findings"]), 1),
+    }
+
+
+def _claims(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Claims with their findings: those of the first sampler in sight, the other samplers' folded away."""
+    claims = []
+    several = len(summary["datasets"]) > 1
+    for claim in summary["claims"]:
+        findings = [finding for finding in summary["findings"] if finding["claim"] == claim["id"]]
+        if not findings:
+            continue
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for finding, picture in zip(findings, forest(findings, claim["side"])):
+            place = finding["dataset"] if several else ""
+            groups.setdefault(finding["sampler"], []).append(finding | {"forest": picture, "place": place})
+        ordered = [{"sampler": SAMPLERS.get(name, name), "findings": found} for name, found in groups.items()]
+        claims.append(claim | {"first": ordered[0], "others": ordered[1:], "score": score(findings)})
+    return claims
+
+
+def _board(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Claims by pairs: how many comparisons (data sets, samplers) had each verdict."""
+    findings = summary["findings"]
+    pairs = dict.fromkeys((finding["variant"], finding["baseline"]) for finding in findings)
+    claims = [claim for claim in summary["claims"] if any(finding["claim"] == claim["id"] for finding in findings)]
+    rows = []
+    for variant, baseline in pairs:
+        own = [finding for finding in findings if (finding["variant"], finding["baseline"]) == (variant, baseline)]
+        scores = [score([finding for finding in own if finding["claim"] == claim["id"]]) for claim in claims]
+        rows.append({"pair": f"{label(variant)} against {label(baseline)}", "scores": scores})
+    return {"claims": [claim["title"] for claim in claims], "rows": rows}
+
+
+def _overview(suites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was run, over all suites."""
+    records = [suite["provenance"] for suite in suites]
+
+    def distinct(name: str) -> list[Any]:
+        return list(dict.fromkeys(value for record in records for value in record[name]))
+
+    dates = sorted(
+        str(record[name])[:10] for record in records for name in ("first_started", "last_started") if record[name]
+    )
+    return {
+        "runs": sum(suite["runs"]["complete"] for suite in suites),
+        "wanted": sum(suite["runs"]["wanted"] for suite in suites),
+        "variants": list(dict.fromkeys(variant for suite in suites for variant in suite["variants"])),
+        "dates": dates[:1] + (dates[-1:] if dates and dates[-1] != dates[0] else []),
+        "commits": distinct("commits"),
+        "dirty": any(record["dirty"] for record in records),
+        "hardware": "; ".join(dict.fromkeys(suite["hardware"] for suite in suites)),
+        "seconds": sum(record["train_seconds"] + record["evaluate_seconds"] for record in records),
+        "packages": records[-1]["packages"],
+    }
+
+
+def _hardware(record: Mapping[str, Any]) -> str:
+    devices = [device for device in record["devices"] if device != "cpu"]
+    cpu = ", ".join(map(str, record["cpus"])) or "an unnamed processor"
+    threads = ", ".join(map(str, record["threads"]))
+    text = f"{cpu}, {threads} thread{'' if threads == '1' else 's'} a process" if threads else cpu
+    return f"{', '.join(devices)} ({text})" if devices else text
+
+
+def _grouped(missing: Sequence[Mapping[str, Any]], several: bool) -> list[dict[str, Any]]:
+    """Missing runs by reason."""
+    groups: dict[str, list[str]] = {}
+    for run in missing:
+        place = f" on {run['dataset']}" if several else ""
+        groups.setdefault(run["why"], []).append(f"{run['variant']}{place}, seed {run['seed']}")
+    return [{"why": why, "runs": runs} for why, runs in groups.items()]
+
+
+CAPTIONS = {
+    "learning_curve": (
+        "Learning curve",
+        "Test NELBO against images seen, measured with the averaged weights. Lines are means over seeds, bands 95 % "
+        "intervals.",
+    ),
+    "gap": (
+        "The gap",
+        "NELBO − NLL at the end of training: nearer to zero is nearer to maximum likelihood. It may be negative: the "
+        "two belong to different processes. Filled: after the residual correction; hollow: before it. Bars are 95 % "
+        "intervals over seeds, ticks the seeds.",
+    ),
+    "costs": (
+        "Costs",
+        "What a better likelihood costs: test NLL against training time. Lower and further left is better.",
+    ),
+}
+
+
+def _figure(path: Path, summary: Mapping[str, Any], width: int) -> dict[str, str]:
+    """A figure as data URI with its caption and alternative text."""
+    sampler = path.stem.removeprefix("robustness_")
+    steps = f"Distance of the samples to the data against the number of steps of {SAMPLERS.get(sampler, sampler)}"
+    title, caption = CAPTIONS.get(path.stem, ("Few steps", f"{steps}: a flat line is robust."))
+    where = ", ".join(summary["datasets"])
+    alt = f"{title}, {where}: {caption} The numbers are in the tables below."
+    return {"title": title, "caption": caption, "alt": alt, "uri": data_uri(path, width)}
+
+
+def _pictures(folder: Path, summary: Mapping[str, Any], width: int) -> list[dict[str, Any]]:
+    """Samples, then trajectories, each by data set."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for picture in summary["pictures"]:
+        name = label(picture["variant"])
+        what = "Samples of" if picture["kind"] == "samples" else "The forward process in data space of"
+        groups.setdefault((picture["kind"], picture["dataset"]), []).append(
+            {
+                "uri": data_uri(folder / picture["file"], width),
+                "alt": f"{what} {name} on {picture['dataset']}, seed {picture['seed']}.",
+                "caption": f"{name}, seed {picture['seed']}",
+            }
+        )
+    titles = {"samples": "Samples", "trajectory": "The forward process, seen in data space"}
+    return [
+        {
+            "title": title,
+            "kind": kind,
+            "groups": [{"dataset": key[1], "images": images} for key, images in groups.items() if key[0] == kind],
+        }
+        for kind, title in titles.items()
+        if any(key[0] == kind for key in groups)
+    ]
+
+
+def data_uri(path: Path, width: int) -> str:
+    """The image at most ``width`` pixels wide, as a PNG of 256 colours in a data URI."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    if picture.width > width:
+        picture = picture.resize(
+            (width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS
+        )
+    stream = io.BytesIO()
+    picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

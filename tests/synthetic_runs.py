@@ -1,0 +1,180 @@
+"""Synthetic runs that follow the result files' contract exactly, for tests of reports without any training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+EFFECTS = {
+    # variant: NLL, gap, slope of log FD against log steps, training speed
+    "ddpmpp-vp": (2.60, 0.060, -0.80, 1.0),
+    "indm-vp-nll": (2.55, 0.010, -0.30, 0.7),
+    "indm-vp-fid": (2.61, 0.055, -0.50, 0.9),
+    "ncsnpp-ve": (2.70, 0.080, -0.60, 1.0),
+    "indm-ve": (2.70, 0.080, -0.60, 1.0),
+}
+VARIANTS = tuple(EFFECTS)
+
+
+def expected(suite: str, datasets: list[str], variants=VARIANTS, seeds=(0, 1, 2)) -> list[dict[str, Any]]:
+    """The grid of runs a suite should have."""
+    return [
+        {"suite": suite, "dataset": dataset, "variant": variant, "seed": seed}
+        for variant in variants
+        for seed in seeds
+        for dataset in datasets
+    ]
+
+
+def write_suite(root: Path, suite: str, datasets: dict[str, bool], variants=VARIANTS, seeds=(0, 1, 2)) -> None:
+    """All runs of a suite under ``root``; ``datasets`` maps a name to whether its data are 2-D points."""
+    for dataset, flat in datasets.items():
+        for variant in variants:
+            for seed in seeds:
+                folder = root / suite / variant / str(seed)
+                write_run(folder / dataset if len(datasets) > 1 else folder, suite, dataset, variant, seed, flat)
+
+
+def write_run(folder: Path, suite: str, dataset: str, variant: str, seed: int, flat: bool) -> None:
+    """One finished run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # what a seed shares over variants (data order) is larger than what it does not
+    shared = np.random.default_rng([seed, 1]).normal() * 0.02
+    own = np.random.default_rng([seed, 2, *variant.encode()])
+    nll, gap, slope, speed = EFFECTS[variant]
+    nll, gap = nll + shared + own.normal() * 0.003, gap + own.normal() * 0.001
+    _likelihood(folder, suite, dataset, variant, seed, flat, nll, gap)
+    _curve(folder, flat, nll, gap, speed, own)
+    _robustness(folder, flat, slope, own)
+    seconds = 60.0 + own.normal()
+    write(
+        folder,
+        "provenance.json",
+        {
+            "schema": 1,
+            "commit": "0123456789abcdef0123456789abcdef01234567",
+            "dirty": False,
+            "config_hash": "a" * 12,
+            "packages": {"torch": "2.15.0", "numpy": "2.4.0"},
+            "device": "cpu",
+            "cpu": "Synthetic CPU",
+            "cores": 2,
+            "threads": 1,
+            "python": "3.11",
+            "started": f"2026-11-2{seed}T10:00:00+00:00",
+            "train_seconds": seconds,
+            "evaluate_seconds": 20.0,
+            "peak_memory_mb": 900.0 + seed,
+            "images_seen": 64000,
+            "steps": 1000,
+            "parameters": {
+                "score": 61000,
+                "flow": 9000 if "indm" in variant else 0,
+                "total": 70000 if "indm" in variant else 61000,
+            },
+            "flops_per_step": 123456789,
+        },
+    )
+    (folder / "config.yaml").write_text(
+        f"suite: {suite}\nvariant: {variant}\ndataset: {dataset}\nseed: {seed}\n"
+        "train: {curve_images: 128, curve_samples: 256, curve_steps: 32}\n"
+        f"evaluate:\n  features: {'null' if flat else 'digits-cnn'}\n  samplers:\n"
+        "  - {name: euler_maruyama, steps: [8, 16, 32, 64]}\n  - {name: ode, steps: [0], rtol: 1.0e-4}\n"
+    )
+    for name, shape in (("samples.png", (160, 160)), ("trajectory.png", (80, 240))):
+        Image.fromarray(own.integers(0, 255, shape, dtype=np.uint8)).save(folder / name)
+
+
+def write(folder: Path, name: str, record: dict[str, Any]) -> None:
+    (folder / name).write_text(json.dumps(record))
+
+
+def edit(folder: Path, name: str, change) -> None:
+    """Apply ``change`` to the record of a JSON file."""
+    record = json.loads((folder / name).read_text())
+    change(record)
+    (folder / name).write_text(json.dumps(record))
+
+
+def _likelihood(folder, suite, dataset, variant, seed, flat, nll, gap) -> None:
+    dims, levels = (2, None) if flat else (64, 17)
+    offset = {} if flat else {"dequantisation": math.log2(17 / 2)}
+
+    def bound(total: float, middle: str, corrected: bool) -> dict[str, Any]:
+        parts = {"prior": 0.1, "flow": -0.2 if "indm" in variant else 0.0}
+        parts |= {"reconstruction": -3.0} if corrected else {}
+        parts |= offset
+        parts[middle] = total - sum(parts.values())
+        return {"total": total, "se_images": 0.01, "se_repeats": 0.002, "parts": parts}
+
+    data = {
+        "name": dataset,
+        "train": 0 if flat else 1500,
+        "test": 297,
+        "shape": [2] if flat else [1, 8, 8],
+        "levels": levels,
+        "hash": hashlib.sha256(dataset.encode()).hexdigest(),
+    }
+    nelbo = {
+        "corrected": bound(nll + gap, "diffusion", True),
+        "uncorrected": bound(nll + gap - 0.3, "diffusion", False),
+    }
+    ode = {"corrected": bound(nll, "ode", True), "uncorrected": bound(nll - 0.2, "ode", False)}
+    write(
+        folder,
+        "likelihood.json",
+        {
+            "schema": 1,
+            "suite": suite,
+            "dataset": dataset,
+            "variant": variant,
+            "seed": seed,
+            "status": "ok",
+            "units": "nats" if flat else "bits/dim",
+            "dims": dims,
+            "levels": levels,
+            "data": data,
+            "n": 297,
+            "nelbo": nelbo | {"repeats": 3, "times": 32},
+            "nll": ode
+            | {
+                "solver": "dopri5",
+                "rtol": 1e-5,
+                "atol": 1e-5,
+                "probes": "exact",
+                "nfe_mean": 93.0 + seed,
+                "nfe_max": 120,
+                "tolerance_check": {"n": 32, "change": 1e-5},
+            },
+            "gap": {"corrected": {"total": gap, "se": 0.001}, "uncorrected": {"total": gap - 0.1, "se": 0.001}},
+            "truth": {"nll": 2.079, "se_images": 0.01} if flat else None,
+            "protocol": {"eps": 1e-5, "dequantiser": None if flat else "uniform", "weights": "ema"},
+        },
+    )
+
+
+def _curve(folder, flat, nll, gap, speed, own) -> None:
+    unit, quality = ("nats", "energy") if flat else ("bpd", "fd")
+    lines = [f"step,images,seconds,train_loss,nelbo_{unit},nll_{unit},{quality}"]
+    for step in (20, 50, 100, 200, 500, 1000):
+        excess = speed * 3.0 * (20 / step)
+        bound = nll + gap + excess + own.normal() * 0.002
+        lines.append(f"{step},{step * 64},{step * 0.06},{bound + 1},{bound},{bound - gap},{5 + 100 * excess}")
+    (folder / "learning_curve.csv").write_text("\n".join(lines) + "\n")
+
+
+def _robustness(folder, flat, slope, own) -> None:
+    lines = ["sampler,steps,nfe,n,fd,kid,precision,recall,sliced_wasserstein,energy,seconds,status"]
+    for sampler, steps in [("euler_maruyama", steps) for steps in (8, 16, 32, 64)] + [("ode", 0)]:
+        quality = (
+            10 * (max(steps, 40) / 64 if sampler == "ode" else steps / 64) ** slope * math.exp(own.normal() * 0.01)
+        )
+        numbers = f",,,,{quality / 50},{quality / 100}" if flat else f"{quality},{quality / 1000},0.6,0.5,,"
+        lines.append(f"{sampler},{steps},{steps or 41.5},256,{numbers},{0.1 * (steps or 40)},ok")
+    (folder / "robustness.csv").write_text("\n".join(lines) + "\n")
