@@ -8,6 +8,7 @@ hash, so that two results are compared only if they saw the same pixels.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -110,12 +111,10 @@ def _load_toy(name: str) -> Dataset:
 
 def _load_digits() -> Dataset:
     """scikit-learn's 1,797 digits, 8x8, 17 levels; a fixed split by class into 1,500 train and 297 test images."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images.astype(np.uint8))[:, None]
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
-    test = _stratified(bunch.target, DIGIT_TEST)
+    table = _digits_table()
+    pixels = torch.from_numpy(table[:, :64].reshape(-1, 1, 8, 8).copy())
+    labels = torch.from_numpy(table[:, 64].astype(np.int64))
+    test = _stratified(table[:, 64], DIGIT_TEST)
     return make_dataset(
         "digits",
         DIGIT_LEVELS,
@@ -124,6 +123,19 @@ def _load_digits() -> Dataset:
         train_labels=labels[~test],
         test_labels=labels[test],
     )
+
+
+def _digits_table() -> np.ndarray:
+    """The digits as uint8 (1797, 65): 64 pixels and the class."""
+    spec = importlib.util.find_spec("sklearn")
+    path = Path(spec.origin).parent / "datasets/data/digits.csv.gz" if spec and spec.origin else None
+    if path and path.is_file():
+        # the file that load_digits reads; importing scikit-learn for it would cost every process seconds
+        return np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return np.column_stack([bunch.data, bunch.target]).astype(np.uint8)
 
 
 def _stratified(labels: np.ndarray, count: int) -> Tensor:
