@@ -55,7 +55,8 @@ def _sum_between(x: Tensor, y: Tensor, chunk: int) -> float:
     total = 0.0
     for part in x.split(chunk):
         # the matrix-product shortcut loses the digits of short distances
-        total += float(torch.cdist(part, y, compute_mode="donot_use_mm_for_euclid_dist").sum(dtype=torch.float64))
+        rows = torch.cdist(part, y, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)
+        total += float(rows.sum(dtype=torch.float64))
     return total
 
 

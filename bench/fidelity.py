@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def image_quality(
     Raises InputError for images, metrics or names that cannot be used.
     """
     _check(generated, reference, metrics)
+    generated, reference = generated.cpu(), reference.cpu()
     frechet = "fid" if features in (INCEPTION, INCEPTION_REGISTERED) else "fd"
     result: dict[str, Any] = dict.fromkeys((frechet, "kid", "kid_std", "kid_subset_size", "precision", "recall"))
     result |= {"n": len(generated), "n_reference": len(reference), "features": features, "status": "ok"}
@@ -198,33 +200,25 @@ def _precision_recall(fake: Tensor, real: Tensor, device: torch.device) -> dict[
 
 def _extractor(features: str, weights: Path | str | None, device: torch.device) -> tuple[str, FeatureExtractorBase]:
     """The full name of an extractor, which names its weights, and the extractor itself on ``device``."""
-    options: dict[str, Any] = {}
     if features in (INCEPTION, INCEPTION_REGISTERED):
-        path, digest = _inception_weights(weights)
-        registered, name = INCEPTION_REGISTERED, f"{INCEPTION_REGISTERED}-{digest[:8]}"
-        options["feature_extractor_weights_path"] = str(path)
-    else:
-        registered = name = digits_extractor() if features == DIGITS else features
-        found = FEATURE_EXTRACTORS_REGISTRY.get(name)
-        # torch-fidelity's own extractors would fetch weights from the network without being asked
-        if found is None or found.__module__.startswith("torch_fidelity."):
-            ours = [
-                key for key, cls in FEATURE_EXTRACTORS_REGISTRY.items() if not cls.__module__.startswith("torch_fid")
-            ]
-            raise InputError(
-                f"features: {features!r} is not registered; accepted: {', '.join([DIGITS, INCEPTION, *ours])}"
-            )
+        path = _inception_path(weights)
+        status = path.stat()
+        return _inception(path, (status.st_mtime_ns, status.st_size), device)
+    name = digits_extractor() if features == DIGITS else features
+    found = FEATURE_EXTRACTORS_REGISTRY.get(name)
+    # torch-fidelity's own extractors would fetch weights from the network without being asked
+    if found is None or found.__module__.startswith("torch_fidelity."):
+        ours = [key for key, cls in FEATURE_EXTRACTORS_REGISTRY.items() if not cls.__module__.startswith("torch_fidel")]
+        raise InputError(f"features: {name!r} is not registered; accepted: {', '.join([DIGITS, INCEPTION, *ours])}")
+    return name, _create(name, device)
+
+
+def _create(registered: str, device: torch.device, **options: Any) -> FeatureExtractorBase:
     layer = FEATURE_EXTRACTORS_REGISTRY[registered].get_default_feature_layer_for_metric("fid")
-    cuda = device.type == "cuda"
-    return name, create_feature_extractor(registered, [layer], cuda=cuda, verbose=False, **options)
+    return create_feature_extractor(registered, [layer], cuda=device.type == "cuda", verbose=False, **options)
 
 
-def _inception_weights(weights: Path | str | None) -> tuple[Path, str]:
-    """Path and sha256 of the Inception weights, proven to hold tensors only.
-
-    torch-fidelity unpickles the file without restriction; a file that torch's restricted reader accepts can do nothing
-    else there.
-    """
+def _inception_path(weights: Path | str | None) -> Path:
     default = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
     if weights == "download" and not default.is_file():
         default.parent.mkdir(parents=True, exist_ok=True)
@@ -233,9 +227,22 @@ def _inception_weights(weights: Path | str | None) -> tuple[Path, str]:
     if not path.is_file():
         shown = f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
         raise _NotMeasured(f"Inception weights not found at {shown}, pass --inception-weights")
+    return path
+
+
+@lru_cache(maxsize=1)
+def _inception(path: Path, stamp: tuple[int, int], device: torch.device) -> tuple[str, FeatureExtractorBase]:
+    """Inception with the weights at ``path``, kept until the file (its ``stamp``) changes.
+
+    torch-fidelity unpickles the file without restriction; one that torch's restricted reader accepts can do no harm
+    there.
+    """
     try:
         torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        extractor = _create(INCEPTION_REGISTERED, device, feature_extractor_weights_path=str(path))
     except Exception as error:  # a damaged file may raise anything
-        raise InputError(f"{path}: not a file of Inception weights ({str(error).splitlines()[0]})") from error
-    with open(path, "rb") as stream:
-        return path, hashlib.file_digest(stream, "sha256").hexdigest()
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not a file of Inception weights ({reason})") from error
+    return f"{INCEPTION_REGISTERED}-{digest[:8]}", extractor

@@ -142,9 +142,9 @@ def read_folder(folder: Path) -> Images:
             f"{folder}: no such folder of images; accepted: train/ and test/ with PNG or JPEG files, or the files alone"
         )
     paths = sorted(
-        (path.relative_to(folder).as_posix(), path)
+        (name, path)
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if _is_image(name := path.relative_to(folder).as_posix()) and path.is_file()
     )
     digest = hashlib.sha256()
     for name, path in paths:
@@ -155,6 +155,11 @@ def read_folder(folder: Path) -> Images:
         return _assemble(((name, _decode(_read(path), str(path))) for name, path in bar), folder)
 
     return _cached(folder, digest.hexdigest(), decode)
+
+
+def _is_image(name: str) -> bool:
+    """Whether a relative name ends like an image and neither it nor a folder above it is hidden."""
+    return name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _read(path: Path) -> bytes:
@@ -173,9 +178,9 @@ def read_archive(path: Path) -> Images:
         try:
             with tarfile.open(path, "r|xz") as archive:
                 for member in tqdm(archive, desc=f"decoding {path.name}", unit="image", disable=None, leave=False):
-                    if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                    name = member.name.removeprefix("./")
+                    if member.isfile() and _is_image(name):
                         stream = archive.extractfile(member)
-                        name = member.name.removeprefix("./")
                         yield name, _decode(stream.read() if stream else b"", f"{path}: {name}")
         except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
             raise InputError(f"{path}: damaged archive ({error}); copy it again") from error

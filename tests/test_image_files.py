@@ -233,7 +233,7 @@ def write_files(folder, files: dict[str, bytes]) -> None:
 
 def test_folder_with_split_and_classes(tmp_path):
     images = random_images(8, size=8)
-    write_files(tmp_path / "pets", class_files(images) | {"train/notes.txt": b"not an image"})
+    write_files(tmp_path / "pets", class_files(images) | {"train/notes.txt": b"no image", "test/.hidden/0.png": b"no"})
     data = load(f"folder:{tmp_path}/pets")
     assert torch.equal(data.train, torch.from_numpy(images[:6])) and torch.equal(
         data.test, torch.from_numpy(images[6:])
