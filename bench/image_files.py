@@ -257,14 +257,14 @@ def _cached(source: Path, digest: str, decode: Callable[[], Images]) -> Images:
     """Images of ``source`` from ``<source>.decoded-<hash>.npz`` beside it, made if absent and the place is writable."""
     path = source.with_name(f"{source.name}.decoded-{digest[:16]}.npz")
     if path.is_file():
-        with suppress(*_DAMAGED):  # a damaged cache is made again
-            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-                labels = [file[key] if key in file.files else None for key in ("train_labels", "test_labels")]
-                return Images(file["train"], file["test"], *labels)
+        # a damaged cache is made again
+        with suppress(*_DAMAGED), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            labels = [file[key] if key in file.files else None for key in ("train_labels", "test_labels")]
+            return Images(file["train"], file["test"], *labels)
     images = decode()
     if not source.parent.stat().st_mode & 0o222:  # a folder marked read-only stays untouched, even by root
         return images
-    with suppress(OSError):  # a read-only folder or a full disk only costs the next reader some time
-        with atomic_path(path) as temporary:
-            np.savez(temporary, **{key: value for key, value in vars(images).items() if value is not None})
+    # a full disk only costs the next reader some time
+    with suppress(OSError), atomic_path(path) as temporary:
+        np.savez(temporary, **{key: value for key, value in vars(images).items() if value is not None})
     return images
