@@ -26,14 +26,18 @@ class NetworkScore(nn.Module):
         self.net, self.sde, self.preconditioning = net, sde, preconditioning
         self._sign = -1.0 if net.output == "score_times_sigma" else 1.0
 
-    def _condition(self, t: Tensor, sigma: Tensor) -> Tensor:
+    def _condition(self, t: Tensor) -> Tensor:
         kind = self.net.time_input
-        return 999.0 * t if kind == "time999" else sigma if kind == "sigma" else self.sde.log_ratio(t)
+        if kind == "time999":
+            return 999.0 * t
+        # for VE, where alpha = 1, the noise-to-signal ratio is sigma itself, the input of NCSN++
+        log_ratio = self.sde.log_ratio(t)
+        return log_ratio.exp() if kind == "sigma" else log_ratio
 
     def noise(self, z: Tensor, t: Tensor) -> Tensor:
         """The noise predicted in z_t, of z's shape; t has shape (B,)."""
         alpha, sigma = self.sde.marginal(t)
-        condition = self._condition(t, sigma)
+        condition = self._condition(t)
         if self.preconditioning == "none":
             return self._sign * self.net(z, condition)
         scale = torch.hypot(alpha, sigma)
