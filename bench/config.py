@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from bench.errors import InputError
-from bench.options import Invalid, Schema, accepted, dotted, resolve_component, show, signature_schema, validate
+from bench.options import Invalid, Schema, accepted, dotted, locate, resolve_component, show, signature_schema, validate
 from bench.settings import (
     IMAGE_QUALITY,
     LEARNING_RATES,
@@ -43,6 +43,8 @@ FACTS: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
     "cifar10-16": ((3, 16, 16), None, None),
     "cifar10-jpeg": ((3, 32, 32), None, None),
 }
+# folder of the feature classifiers, beside those of the variants
+FEATURES = "features"
 # what a sampler is given by the model; its other parameters are options
 SAMPLER_ARGUMENTS = ("noise", "sde", "z", "steps", "generator")
 Folder = Annotated[str, Field(pattern=r"^(folder:.+|[A-Za-z0-9][A-Za-z0-9_-]*)$")]
@@ -77,6 +79,11 @@ class RunConfig(Schema):
         """`runs/<suite>/<variant>/<seed>`, and `/<dataset>` below it where the suite has several data sets."""
         folder = runs_root() / self.suite / self.variant / str(self.seed)
         return folder / self.dataset if self.subfolder else folder
+
+    @property
+    def features_file(self) -> Path:
+        """Weights of the classifier of the run's data set, made by the suite's `features` stage."""
+        return features_file(self.suite, self.dataset)
 
     def resolved(self) -> dict[str, Any]:
         """Plain data of the whole configuration, as written to `config.yaml`."""
@@ -162,7 +169,7 @@ class Suite:
             # say where the value was written; a missing one is nobody's, so name the run that lacks it
             place = f"{self.path}: variant {variant}: "
             for label, layer in layers:
-                place = label if has_path(layer, error.path) else place
+                place = label if locate(layer, error.path)[0] == error.path else place
             raise InputError(f"{place}{dotted(error.path)}{error.problem}") from error
         return run.model_copy(update={"subfolder": len(self.datasets) > 1})
 
@@ -189,8 +196,10 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
             raise InputError(f"{path}: datasets.{dataset}: unknown data set; {accepted([*FACTS, 'folder:<path>'])}")
         if dataset.startswith("folder:") and len(suite.datasets) > 1:
             raise InputError(f"{path}: datasets.{dataset}: an image folder must be the only data set of its suite")
+    if FEATURES in suite.variants:
+        raise InputError(f"{path}: variants.{FEATURES}: this name is taken by the folder of the feature classifiers")
     for place, known in _sections(suite).items():
-        mapping = _at(suite.model_dump(), place) or {}
+        mapping = locate(suite.model_dump(), place)[1] or {}
         if not isinstance(mapping, dict):
             raise InputError(f"{path}: {dotted(place)} = {show(mapping)}: must be a mapping of keys to values")
         for key in mapping:
@@ -212,12 +221,6 @@ def _sections(suite: SuiteFile) -> dict[tuple[str, ...], Sequence[str]]:
     return places
 
 
-def _at(value: Any, path: Sequence[str]) -> Any:
-    for part in path:
-        value = value[part]
-    return value
-
-
 def suite_files() -> dict[str, Path]:
     """Names and files of the suites: `experiments/` under the current folder, else the one beside this package."""
     for root in (Path("experiments"), Path(__file__).parents[1] / "experiments"):
@@ -235,6 +238,11 @@ def runs_root() -> Path:
 def reports_root() -> Path:
     """Folder of the reports: INDM_BENCH_REPORTS, else `reports` under the current folder."""
     return Path(os.environ.get("INDM_BENCH_REPORTS") or "reports")
+
+
+def features_file(suite: str, dataset: str) -> Path:
+    """Where a suite keeps the feature classifier of one of its data sets."""
+    return runs_root() / suite / FEATURES / f"{dataset.rpartition('/')[2]}.safetensors"
 
 
 def dump_config(run: RunConfig) -> str:
@@ -287,18 +295,6 @@ def merge_all(layers: Any) -> dict[str, Any]:
     for layer in layers:
         merged = merge(merged, layer)
     return merged
-
-
-def has_path(layer: Any, path: Sequence[str | int]) -> bool:
-    """Whether a layer of settings holds a value at ``path``."""
-    for part in path:
-        if isinstance(layer, Mapping) and part in layer:
-            layer = layer[part]
-        elif isinstance(layer, list) and isinstance(part, int) and part < len(layer):
-            layer = layer[part]
-        else:
-            return False
-    return True
 
 
 def resolve_run(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> RunConfig:

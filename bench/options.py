@@ -80,22 +80,22 @@ def _first_problem(schema: type[BaseModel], value: Any, error: ValidationError) 
         return first["loc"], f": unknown key; {accepted(_fields_at(schema, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return first["loc"], ": missing, and it has no default"
-    where, found = _resolve(value, first["loc"])
+    where, found = locate(value, first["loc"])
     # one value of several permitted types has one message for each of them
-    messages = dict.fromkeys(_message(detail) for detail in details if _resolve(value, detail["loc"])[0] == where)
+    messages = dict.fromkeys(_message(detail) for detail in details if locate(value, detail["loc"])[0] == where)
     return where, f" = {show(found)}: {' or '.join(messages)}"
 
 
-def _resolve(value: Any, loc: Sequence[str | int]) -> tuple[tuple[str | int, ...], Any]:
-    """The part of pydantic's location that exists in the data, and what is there; the rest names members of a union."""
+def locate(value: Any, path: Sequence[str | int]) -> tuple[tuple[str | int, ...], Any]:
+    """The part of ``path`` that exists in the data, and what is there (pydantic's paths also name members of unions)."""
     where: list[str | int] = []
-    for part in loc:
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        else:
+    for part in path:
+        known = (isinstance(value, Mapping) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        )
+        if not known:
             break
+        value = value[part]
         where.append(part)
     return tuple(where), value
 

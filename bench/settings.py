@@ -15,8 +15,12 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+Metric = Literal["fd", "kid", "precision_recall", "sliced_wasserstein", "energy"]
+
 # AdamW learning rates of the paper's CIFAR-10 runs, for the groups that a configuration leaves out
 LEARNING_RATES = {"score": 2e-4, "flow": 1e-3}
+# dimensions of the features: a Frechet distance of fewer images has a singular covariance
+FEATURE_DIMS = {"classifier": 32, "inception": 2048}
 IMAGE_QUALITY = ("fd", "kid", "precision_recall")
 POINT_QUALITY = ("sliced_wasserstein", "energy")
 
@@ -35,7 +39,7 @@ class TrainConfig(Schema):
     steps: Count
     warmup: Natural = 0
     ema: Decay = 0.999
-    learning_rates: dict[str, Positive] = {}
+    learning_rates: dict[str, Positive] = Field(default_factory=dict)
     clip: Positive | None = 1.0
     weight_decay: NonNegative = 0.0
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -56,7 +60,7 @@ class SamplerConfig(Schema):
     """
 
     name: str
-    steps: list[Count] = []
+    steps: list[Count] = Field(default_factory=list)
 
 
 class EvaluateConfig(Schema):
@@ -64,8 +68,8 @@ class EvaluateConfig(Schema):
 
     ``images``: test images used (null: all). NELBO: ``nelbo_repeats`` independent estimates of ``nelbo_times`` time
     draws an image. NLL: tolerances of the ODE solver, ``probes`` of the divergence ("exact" or a number of Hutchinson
-    probes). ``samplers``: rows of the robustness table, each with ``samples`` samples judged by ``quality`` on the
-    extractor ``features``.
+    probes). ``samplers``: rows of the robustness table, each with ``samples`` samples judged by ``quality``. Images are
+    compared through ``features``: a classifier trained on the run's own data set, or Inception.
     """
 
     images: Count | None = None
@@ -75,8 +79,8 @@ class EvaluateConfig(Schema):
     atol: Positive = 1e-5
     probes: Literal["exact"] | Count = "exact"
     residual_images: Natural | None = None
-    samplers: list[dict] = []
+    samplers: list[dict] = Field(default_factory=list)
     samples: Count = 1024
-    quality: list[Literal["fd", "kid", "precision_recall", "sliced_wasserstein", "energy"]] = []
-    features: str | None = None
+    quality: list[Metric] = Field(default_factory=list)
+    features: Literal["classifier", "inception"] | None = None
     batch_size: Count = 256

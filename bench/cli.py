@@ -1,0 +1,208 @@
+"""`indm-bench`: the command line. Exit code 0, 2 for bad input (one line), 1 for failure.
+
+Heavy packages are imported inside the commands, so that `--help` and `list` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.errors import InputError
+
+app = typer.Typer(
+    help="Train diffusion models alike, measure them alike, and put the numbers side by side.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SuiteName = Annotated[str, typer.Argument(metavar="SUITE", help="Name of a suite: experiments/SUITE.yaml.")]
+VariantName = Annotated[str, typer.Argument(metavar="VARIANT", help="A variant of the suite.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Only this seed.")]
+OneSeed = Annotated[int | None, typer.Option("--seed", help="The run's seed (default: the suite's first).")]
+DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Only this data set.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", help="Runs at once (default: from the cores; 1 on a GPU).")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.steps=100; repeatable."),
+]
+
+
+@app.command("list")
+def list_suites() -> None:
+    """Suites, their data sets, variants and seeds."""
+    from bench.config import load_suite, suite_files
+
+    for name in suite_files():
+        suite = load_suite(name)
+        print(f"{name}: {suite.title}")
+        print(f"  data sets: {', '.join(suite.datasets)}")
+        print(f"  variants:  {', '.join(suite.variants)}")
+        print(f"  seeds:     {', '.join(map(str, suite.seeds))}")
+
+
+@app.command()
+def train(
+    suite: SuiteName,
+    variant: VariantName,
+    seed: SeedOption = None,
+    dataset: DatasetOption = None,
+    workers: WorkersOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Train a variant: all its seeds and data sets, or some. Finished runs are left alone, killed ones continue."""
+    from bench.commands import run_stage
+
+    run_stage("train", suite, variant, seed, dataset, workers, settings)
+
+
+@app.command()
+def evaluate(
+    suite: SuiteName,
+    variant: VariantName,
+    seed: SeedOption = None,
+    dataset: DatasetOption = None,
+    workers: WorkersOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Measure a trained variant: likelihoods, sample quality against sampling steps, pictures."""
+    from bench.commands import run_stage
+
+    run_stage("evaluate", suite, variant, seed, dataset, workers, settings)
+
+
+@app.command()
+def features(suite: SuiteName) -> None:
+    """Train the feature classifiers that the suite's image-quality metrics need, if any."""
+    from bench.commands import train_features
+
+    train_features(suite)
+
+
+@app.command()
+def report(
+    suite: Annotated[str | None, typer.Argument(metavar="[SUITE]", help="Name of a suite.")] = None,
+    index: Annotated[bool, typer.Option("--index", help="Write the page reports/index.html.")] = False,
+) -> None:
+    """Write a suite's tables and figures from its runs' files, or the page of all suites (--index)."""
+    from bench.commands import write_report
+
+    if (suite is None) != index:
+        raise InputError("report: give either a SUITE or --index")
+    write_report(suite)
+
+
+@app.command()
+def run(
+    suite: SuiteName,
+    variant: Annotated[str | None, typer.Option("--variant", help="Only this variant.")] = None,
+    seed: SeedOption = None,
+    dataset: DatasetOption = None,
+    workers: WorkersOption = None,
+    settings: SetOption = None,
+) -> None:
+    """The whole suite without DVC: features, train, evaluate, report, page. A failing run does not stop the others."""
+    from bench.commands import run_suite
+
+    run_suite(suite, variant, seed, dataset, workers, settings)
+
+
+@app.command()
+def sample(
+    suite: SuiteName,
+    variant: VariantName,
+    seed: OneSeed = None,
+    dataset: DatasetOption = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many samples.")] = 64,
+    first: Annotated[int, typer.Option("--first", min=0, help="Index of the first: sample i is always the same.")] = 0,
+    sampler: Annotated[str, typer.Option("--sampler", help="Name of the sampler.")] = "ddim",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of sampling steps.")] = 64,
+    out: Annotated[Path, typer.Option("--out", help="File to write: .npz (arrays) or .png (a picture).")] = Path(
+        "samples.npz"
+    ),
+) -> None:
+    """Draw samples from a trained run."""
+    from bench.commands import draw_samples
+
+    draw_samples(suite, variant, seed, dataset, count, first, sampler, steps, out)
+
+
+@app.command()
+def plan(suite: SuiteName, settings: SetOption = None) -> None:
+    """What a suite costs: runs, images, and an estimate of the time from a short measurement on this machine."""
+    from bench.plan import print_plan
+
+    print_plan(suite, settings or [])
+
+
+@app.command()
+def export(
+    suite: SuiteName,
+    variant: VariantName,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    seed: OneSeed = None,
+    dataset: DatasetOption = None,
+) -> None:
+    """Copy a trained run's averaged weights and configuration to a folder."""
+    from bench.commands import export_run
+
+    export_run(suite, variant, seed, dataset, out)
+
+
+@app.command()
+def pipeline(
+    check: Annotated[bool, typer.Option("--check", help="Only say whether the files are up to date.")] = False,
+) -> None:
+    """Write dvc.yaml and experiments/pipelines/*/dvc.yaml from the suites."""
+    from bench.pipeline import outdated, write_pipelines
+
+    if not check:
+        write_pipelines()
+    elif stale := outdated():
+        raise InputError(
+            f"{', '.join(map(str, stale))}: differs from the suites; write it again by `indm-bench pipeline`"
+        )
+
+
+def execute(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; its exit code. Bad input is told in one line without a traceback."""
+    try:
+        return (
+            app(args=None if arguments is None else list(arguments), prog_name="indm-bench", standalone_mode=False) or 0
+        )
+    except InputError as error:
+        problem = error
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # the parser's own errors, of whichever click the installed Typer brings
+        if not hasattr(error, "format_message"):
+            raise
+        problem = error.format_message() or "a command is missing; see indm-bench --help"
+    print(f"indm-bench: {' '.join(str(problem).split())}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        code = execute()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader of our output has gone; keep the interpreter from flushing into the closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What the commands do, once their arguments are read."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from bench.config import RunConfig, Suite, load_suite, read_run, reports_root
+from bench.errors import InputError
+from bench.provenance import usable_cores
+from bench.workers import Cell, default_workers, run_beside, run_here, start_server
+
+MANY_CORES = 2
+
+
+def run_stage(
+    stage: str,
+    suite_name: str,
+    variant: str | None,
+    seed: int | None = None,
+    dataset: str | None = None,
+    workers: int | None = None,
+    settings: Sequence[str] | None = None,
+) -> None:
+    """Train or evaluate the chosen runs. Bad input in any of them stops all before any work; typer.Exit(1) on failure."""
+    suite = load_suite(suite_name, settings or [])
+    check_workers(workers)
+    if workers != 1 and usable_cores() >= MANY_CORES:
+        start_server()  # imports while this process checks the configuration, which imports the same
+    runs = suite.runs(variant, seed, dataset)
+    failed = work(stage, suite, runs, workers)
+    if failed:
+        raise typer.Exit(2 if all(cell.bad_input for cell in failed) else 1)
+
+
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of workers below one."""
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: must be at least 1")
+
+
+def work(stage: str, suite: Suite, runs: Sequence[RunConfig], workers: int | None) -> list[Cell]:
+    """Do the runs' stage, tell of each failure on stderr, and return the failed cells."""
+    import torch
+
+    cells = [Cell(label(suite, run), run) for run in runs]
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else default_workers(len(cells), usable_cores())
+    if min(workers, len(cells)) == 1:
+        run_here(stage, cells)
+    else:
+        run_beside(stage, cells, workers)
+    failed = [cell for cell in cells if cell.error]
+    for cell in failed:
+        if cell.log:
+            print(f"--- {stage} {cell.label}\n{cell.log.rstrip()}", file=sys.stderr)
+    for cell in failed:
+        print(f"indm-bench: {stage} {cell.label}: {cell.error}", file=sys.stderr)
+    return failed
+
+
+def label(suite: Suite, run: RunConfig) -> str:
+    """`suite/variant/seed[/dataset]`, for messages."""
+    parts = [run.suite, run.variant, str(run.seed)] + ([run.dataset] if len(suite.datasets) > 1 else [])
+    return "/".join(parts)
+
+
+def train_features(suite_name: str) -> None:
+    """Train the classifiers behind the suite's image-quality metrics; files already made by this recipe are kept."""
+    from bench.data import load
+    from bench.features import train_classifier
+    from bench.settings import FEATURE_DIMS
+
+    suite = load_suite(suite_name)
+    for dataset in feature_datasets(suite):
+        path = suite.runs(suite.variants[0], suite.seeds[0], dataset)[0].features_file
+        accuracy = train_classifier(load(dataset), path, features=FEATURE_DIMS["classifier"])
+        print(f"{dataset}: classifier of {100 * accuracy:.1f} % test accuracy in {path}")
+
+
+def feature_datasets(suite: Suite) -> list[str]:
+    """Data sets of the suite whose runs are judged through a classifier of their own."""
+    needed = {run.dataset for run in suite.runs(seed=suite.seeds[0]) if run.evaluate.features == "classifier"}
+    return [dataset for dataset in suite.datasets if dataset in needed]
+
+
+def write_report(suite_name: str | None) -> None:
+    """Write the report of a suite and print its likelihood table, or write the page of all suites (None)."""
+    if suite_name is None:
+        from bench.report import report_index
+
+        report_index()
+        print(f"page: {reports_root() / 'index.html'}")
+        return
+    from bench.report import report_suite
+
+    load_suite(suite_name)
+    report_suite(suite_name)
+    folder = reports_root() / suite_name
+    print(f"\n{(folder / 'nll_nelbo_gap.md').read_text().strip()}\n\ntables and figures: {folder}", flush=True)
+
+
+def run_suite(
+    suite_name: str,
+    variant: str | None = None,
+    seed: int | None = None,
+    dataset: str | None = None,
+    workers: int | None = None,
+    settings: Sequence[str] | None = None,
+) -> None:
+    """All stages of a suite in process. The report is written from what succeeded; typer.Exit(1) if anything failed."""
+    suite = load_suite(suite_name, settings or [])
+    check_workers(workers)
+    runs = suite.runs(variant, seed, dataset)
+    train_features(suite_name)
+    failed = work("train", suite, runs, workers)
+    lost = {cell.label for cell in failed}
+    failed += work("evaluate", suite, [run for run in runs if label(suite, run) not in lost], workers)
+    write_report(suite_name)
+    write_report(None)
+    if failed:
+        raise typer.Exit(1)
+
+
+def trained_run(suite_name: str, variant: str, seed: int | None, dataset: str | None) -> RunConfig:
+    """The run as it was trained, overrides included; InputError when it was not."""
+    suite = load_suite(suite_name)
+    if dataset is None and len(suite.datasets) > 1:
+        raise InputError(f"--dataset: missing, {suite_name} has several; accepted: {', '.join(suite.datasets)}")
+    chosen = suite.runs(variant, suite.seeds[0] if seed is None else seed, dataset)[0]
+    return read_run(chosen.folder)
+
+
+def draw_samples(
+    suite_name: str,
+    variant: str,
+    seed: int | None,
+    dataset: str | None,
+    count: int,
+    first: int,
+    sampler: str,
+    steps: int,
+    out: Path,
+) -> None:
+    """Samples ``first``..``first + count - 1`` of a trained run, as an array (count, *shape) or a picture."""
+    from models.samplers import SAMPLERS
+
+    if sampler not in SAMPLERS:
+        raise InputError(f"--sampler {sampler!r}: unknown; accepted: {', '.join(SAMPLERS)}")
+    if out.suffix not in (".npz", ".png"):
+        raise InputError(f"--out {out}: unknown kind of file; accepted: .npz, .png")
+    run = trained_run(suite_name, variant, seed, dataset)
+
+    import numpy as np
+    import torch
+
+    from bench.data import load, quantise
+    from bench.evaluate import load_model
+    from bench.files import atomic_path
+    from bench.sampling import draw
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = load(run.dataset)
+    x, nfe, seconds = draw(
+        load_model(run, device), count, sampler, steps, run.seed, run.evaluate.batch_size, first=first
+    )
+    if out.suffix == ".png":
+        from bench.pictures import draw_samples as picture
+
+        picture(out, x, data)
+    else:
+        samples = x.numpy() if data.levels is None else quantise(x, data.levels).numpy()
+        with atomic_path(out) as temporary:
+            np.savez_compressed(temporary, samples=samples, index=np.arange(first, first + count))
+    print(f"{count} samples, {nfe:g} network evaluations each, {seconds:.1f} s: {out}")
+
+
+def export_run(suite_name: str, variant: str, seed: int | None, dataset: str | None, out: Path) -> None:
+    """Copy weights (with the configuration in their metadata), `config.yaml` and `provenance.json`."""
+    run = trained_run(suite_name, variant, seed, dataset)
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: this folder is not empty")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in ("weights/model.safetensors", "config.yaml", "provenance.json"):
+        source = run.folder / path
+        if not source.is_file():
+            raise InputError(f"{source}: missing; train the run first")
+        shutil.copyfile(source, out / source.name)
+    print(f"{variant} (seed {run.seed}): {out}")

@@ -1,0 +1,180 @@
+"""The cells of a stage side by side, each in a process of its own: one that fails or is killed loses no other.
+
+Processes are forked from a server that has imported the heavy packages once. Each runs on one thread, which makes a
+result independent of how many run at once, and on a CPU is faster than one process on several threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.errors import InputError
+
+STAGES = ("train", "evaluate")
+LOG_TAIL = 4000
+
+
+@dataclass
+class Cell:
+    """One run of a stage: what came of it, and how far it is."""
+
+    label: str
+    run: Any
+    error: str | None = None
+    bad_input: bool = False
+    log: str = ""
+    fraction: float = 0.0
+    process: Any = field(default=None, repr=False)
+
+
+def stage_function(stage: str) -> Callable[..., None]:
+    """The function of a stage, imported when it is needed; ``f(run)`` does the work or finds it done."""
+    if stage == "train":
+        from bench.train import train
+
+        return train
+    from bench.evaluate import evaluate
+
+    return evaluate
+
+
+def default_workers(cells: int, cores: int) -> int:
+    """How many processes at once, so that no core idles in the last round: 3 cells on 2 cores share them from the start."""
+    return max(1, min(cells, -(-cells // max(1, cells // cores))))
+
+
+def start_server() -> None:
+    """Begin importing the heavy packages in the fork server, while this process does other things."""
+    from multiprocessing import forkserver
+
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.train", "bench.evaluate"])
+    forkserver.ensure_running()
+
+
+def run_here(stage: str, cells: Sequence[Cell]) -> None:
+    """Run the cells one after the other in this process."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    work = stage_function(stage)
+    for cell in cells:
+        try:
+            work(cell.run)
+        except InputError as error:
+            cell.error, cell.bad_input = one_line(error), True
+        except Exception as error:  # noqa: BLE001 - whatever it was, the other cells go on
+            cell.error, cell.log = one_line(error), traceback.format_exc()
+
+
+def run_beside(stage: str, cells: Sequence[Cell], workers: int) -> None:
+    """Run the cells in ``workers`` processes at a time, under one progress line."""
+    start_server()
+    context = multiprocessing.get_context("forkserver")
+    waiting, working = list(cells), {}
+    with tempfile.TemporaryDirectory() as folder, _bar(stage, len(cells)) as bar:
+        try:
+            while waiting or working:
+                while waiting and len(working) < workers:
+                    cell = waiting.pop(0)
+                    ours, theirs = context.Pipe()
+                    log = Path(folder) / f"{len(waiting)}.log"
+                    cell.process = context.Process(target=_work, args=(stage, cell.run, str(log), theirs))
+                    cell.process.start()
+                    theirs.close()
+                    working[ours] = (cell, log)
+                for channel in wait(list(working)):
+                    cell, log = working[channel]
+                    if not _receive(channel, cell):
+                        _finish(cell, log)
+                        del working[channel]
+                        channel.close()
+                bar.update(sum(cell.fraction for cell in cells) - bar.n)
+        finally:
+            for cell, _ in working.values():
+                cell.process.terminate()
+
+
+def _bar(stage: str, cells: int) -> tqdm:
+    form = "{desc}: {percentage:3.0f}% of {total} runs |{bar:20}| {elapsed}, about {remaining} left"
+    return tqdm(total=cells, desc=stage, bar_format=form, mininterval=1.0, maxinterval=5.0)
+
+
+def _receive(channel: Connection, cell: Cell) -> bool:
+    """Take one message; False when the worker has said its last."""
+    try:
+        kind, value = channel.recv()
+    except (EOFError, OSError):
+        cell.error = cell.error or "the process ended without a word"
+        return False
+    if kind == "progress":
+        # evaluation and training alike end with work that no bar counts
+        cell.fraction = min(max(cell.fraction, value), 0.99)
+        return True
+    if kind != "done":
+        cell.error, cell.bad_input = value, kind == "input"
+    return False
+
+
+def _finish(cell: Cell, log: Path) -> None:
+    cell.process.join()
+    cell.fraction = 1.0
+    if cell.error and not cell.bad_input:
+        code = cell.process.exitcode
+        if code and code < 0:
+            cell.error = f"killed by signal {-code}"
+        with contextlib.suppress(OSError):
+            cell.log = log.read_text(errors="replace")[-LOG_TAIL:]
+
+
+def _work(stage: str, run: Any, log: str, channel: Connection) -> None:
+    """A worker's whole life."""
+    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    sys.stdout.flush(), sys.stderr.flush()
+    os.dup2(handle, 1), os.dup2(handle, 2)
+    threading.Thread(target=_end_with_parent, args=(channel,), daemon=True).start()
+
+    import torch
+
+    from bench.progress import report_to
+
+    torch.set_num_threads(1)
+    report_to(lambda done, total: channel.send(("progress", done / total if total else 0.0)))
+    try:
+        stage_function(stage)(run)
+    except InputError as error:
+        channel.send(("input", one_line(error)))
+    except Exception as error:  # noqa: BLE001 - told to the parent
+        traceback.print_exc()
+        sys.stderr.flush()
+        channel.send(("failed", one_line(error)))
+    else:
+        channel.send(("done", None))
+
+
+def _end_with_parent(channel: Connection) -> None:
+    """The parent never speaks; the pipe turns readable only when it has died."""
+    with contextlib.suppress(OSError):
+        channel.poll(None)
+    os._exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line, its type where there is no message."""
+    return " ".join(str(error).split()) or type(error).__name__
