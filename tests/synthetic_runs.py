@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from bench.report.load import load_runs
+from bench.report.tables import Grid, build
 
 EFFECTS = {
     # variant: NLL, gap, slope of log FD against log steps, training speed
@@ -178,3 +183,42 @@ def _robustness(folder, flat, slope, own) -> None:
         numbers = f",,,,{quality / 50},{quality / 100}" if flat else f"{quality},{quality / 1000},0.6,0.5,,"
         lines.append(f"{sampler},{steps},{steps or 41.5},256,{numbers},{0.1 * (steps or 40)},ok")
     (folder / "robustness.csv").write_text("\n".join(lines) + "\n")
+
+
+def tables(root, suite="digits", grid=()):
+    return build(Grid(tuple(load_runs(suite, root, grid))))
+
+
+def cell(table, metric, **keys):
+    (row,) = [row for row in table.rows if all(row.keys[name] == value for name, value in keys.items())]
+    return row.cells[metric]
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
+
+
+class Page(HTMLParser):
+    """Collects tags, and checks that they nest."""
+
+    VOID = {"meta", "link", "img", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)

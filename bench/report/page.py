@@ -33,8 +33,12 @@ VARIANTS = {
 }
 
 
-def report_index(reports_root: Path | str) -> None:
+def report_index(reports_root: Path | str | None = None) -> None:
     """Write ``reports_root``/index.html over all suites that have a report. Raises InputError where there is none."""
+    if reports_root is None:
+        from bench import config
+
+        reports_root = config.reports_root()
     root = Path(reports_root)
     names = [path.parent.name for path in root.glob(f"*/{SUMMARY}")]
     if not names:

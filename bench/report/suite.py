@@ -28,18 +28,25 @@ QUALITY = ("fd", "sliced_wasserstein", "energy")
 
 def report_suite(
     suite_name: str,
-    runs_root: Path | str,
-    reports_root: Path | str,
-    expected: Iterable[Mapping[str, Any]] = (),
+    runs_root: Path | str | None = None,
+    reports_root: Path | str | None = None,
+    expected: Iterable[Mapping[str, Any]] | None = None,
     title: str | None = None,
     description: str | None = None,
 ) -> None:
     """Write ``reports_root``/``suite_name`` from the result files under ``runs_root``; no model and no GPU is needed.
 
     ``expected`` is the grid that the suite asks for, mappings with suite, dataset, variant and seed: what of it has no
-    result is marked in every table. Runs found on disk beside it are reported too. Raises InputError where there is
-    neither a run nor an expectation, or a reference file cannot be read.
+    result is marked in every table. Runs found on disk beside it are reported too. Left out, the roots, the grid and
+    the words are those of :mod:`bench.config` and the suite's file. Raises InputError where there is neither a run nor
+    an expectation, or a reference file cannot be read.
     """
+    if runs_root is None or reports_root is None:
+        from bench import config
+
+        runs_root, reports_root = runs_root or config.runs_root(), reports_root or config.reports_root()
+    if expected is None:
+        expected, title, description = _suite_file(suite_name, title, description)
     folder = Path(reports_root) / suite_name
     expected = list(expected)
     runs = load_runs(suite_name, Path(runs_root), expected)
@@ -82,6 +89,22 @@ def report_suite(
             "provenance": provenance(runs),
         },
     )
+
+
+def _suite_file(name: str, title: str | None, description: str | None) -> tuple[list[dict[str, Any]], Any, Any]:
+    """The grid and the words of the suite's file; no grid where there is no such file."""
+    from bench.config import load_suite, suite_files
+
+    if name not in suite_files():
+        return [], title, description
+    suite = load_suite(name)
+    grid = [
+        {"suite": name, "dataset": dataset, "variant": variant, "seed": seed}
+        for variant in suite.variants
+        for dataset in suite.datasets
+        for seed in suite.seeds
+    ]
+    return grid, title or suite.title, description or suite.description
 
 
 def _add_references(
