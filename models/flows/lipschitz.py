@@ -43,26 +43,20 @@ class _SineAndSlope(torch.autograd.Function):
         return torch.addcmul(grad_sine * slope, grad_slope, sine, value=-1.0)
 
 
+def linear(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A dense (out, in) or convolution (out, in, k, k) weight, odd k, applied to (B, in, ...) or (K, B, in, ...)."""
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    if x.ndim == 5:
+        return linear(weight, x.flatten(0, 1), bias).unflatten(0, x.shape[:2])
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
 class Affine(NamedTuple):
     """An affine map with its weight already capped and its bias in the angle coordinate: what one call works with."""
 
-    weight: Tensor  # (out, in) or (out, in, k, k) with odd k
+    weight: Tensor  # (out, in) or (out, in, k, k)
     bias: Tensor  # (out,)
-
-    def value(self, x: Tensor) -> Tensor:
-        """(B, in, ...) -> (B, out, ...)."""
-        return self._map(x, self.bias)
-
-    def tangent(self, v: Tensor) -> Tensor:
-        """The linear part, on (B, in, ...) or on a stack of tangents (K, B, in, ...)."""
-        if v.ndim == self.weight.ndim or self.weight.ndim == 2:
-            return self._map(v, None)
-        return self._map(v.flatten(0, 1), None).unflatten(0, v.shape[:2])
-
-    def _map(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.weight.ndim == 2:
-            return F.linear(x, self.weight, bias)
-        return F.conv2d(x, self.weight, bias, padding=self.weight.shape[-1] // 2)
 
 
 def constrain(layers: Sequence[nn.Linear | nn.Conv2d], coefficient: float) -> list[Affine]:
@@ -77,8 +71,10 @@ def constrain(layers: Sequence[nn.Linear | nn.Conv2d], coefficient: float) -> li
     bias = torch.stack([layer.bias for layer in layers]) * TWO_PI
     norm = weight.abs().flatten(2).sum(2)
     scale = (coefficient / norm).clamp(max=1.0)
-    weight = weight * scale.reshape(scale.shape + (1,) * (weight.ndim - 2))
-    return [Affine(w, b) for w, b in zip(weight.unbind(), bias.unbind(), strict=True)]
+    weights = (weight * scale.reshape(scale.shape + (1,) * (weight.ndim - 2))).unbind()
+    if weights[0].ndim == 4:
+        weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]  # the faster layout by a third
+    return [Affine(w, b) for w, b in zip(weights, bias.unbind(), strict=True)]
 
 
 @dataclass
@@ -91,7 +87,7 @@ class Chain:
     def value(self, a: Tensor) -> Tensor:
         """g(a), shape of `a` (B, ...), angle coordinate."""
         for index, affine in enumerate(self.affines):
-            a = affine.value(torch.sin(a) if index or self.preactivation else a)
+            a = linear(affine.weight, torch.sin(a) if index or self.preactivation else a, affine.bias)
         return a
 
     def linearise(self, a: Tensor) -> tuple[Tensor, "Jacobian"]:
@@ -102,7 +98,7 @@ class Chain:
             if index or self.preactivation:
                 a, slope = _SineAndSlope.apply(a)
             slopes.append(slope)
-            a = affine.value(a)
+            a = linear(affine.weight, a, affine.bias)
         return a, Jacobian([affine.weight for affine in self.affines], slopes)
 
 
@@ -120,7 +116,7 @@ class Jacobian:
     def __matmul__(self, v: Tensor) -> Tensor:
         """J v for tangents (B, ...) or (K, B, ...), in the same shape."""
         for weight, slope in zip(self.weights, self.slopes, strict=True):
-            v = Affine(weight, None).tangent(v if slope is None else v * slope)
+            v = linear(weight, v if slope is None else v * slope)
         return v
 
     def detach(self) -> "Jacobian":

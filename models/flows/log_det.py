@@ -9,7 +9,6 @@ same roulette (eq. 8), where u is a constant: one product with a graph. The offi
 an estimate of tr(J (I + J)^-1); here the *value* is the log-determinant's and the *gradient* the Neumann series'.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +42,8 @@ class Roulette:
     def draw(self, count: int, groups: int, generator: torch.Generator | None = None) -> Tensor:
         """Lengths N for `count` samples, int64 (count,) on the CPU, one for each of `groups` runs of samples.
 
-        The runs' uniform numbers are one draw shifted by equal steps around [0, 1): each N has its distribution exactly,
-        while the work of a call, which is the number of terms in all, hardly varies.
+        The runs' uniform numbers are one draw shifted by equal steps around [0, 1): each N has exactly its
+        distribution, while the work of a call, which is the number of terms in all, hardly varies.
         """
         device = "cpu" if generator is None else generator.device
         start = torch.rand((), generator=generator, dtype=torch.float64, device=device).cpu()
@@ -60,7 +59,7 @@ class Roulette:
             return 1.0
         if self.kind == "poisson":
             # The regularised lower incomplete gamma function is the Poisson's upper tail, without cancellation.
-            return torch.special.gammainc(torch.tensor(float(k), dtype=torch.float64), torch.tensor(self.rate)).item()
+            return torch.special.gammainc(*torch.tensor([k, self.rate], dtype=torch.float64)).item()
         return self.entry * self.stay ** (k - 1)
 
 
@@ -68,7 +67,7 @@ def columns(jacobian: Jacobian, like: Tensor) -> Tensor:
     """J's columns (B, D, D), [b, i, o] = d g_o / d a_i of sample b; `like` (B, ...) is the point, for its shape."""
     batch, dims = len(like), like[0].numel()
     if like.ndim == 2 and dims <= 8:
-        return jacobian.vector_columns()
+        return jacobian.vector_columns().to(like.dtype)
     # Products with the basis, a few samples at a time and if need be a few columns at a time.
     budget = COLUMN_BUDGET.get(like.device.type, COLUMN_BUDGET["cuda"])
     width = max(slope[0].numel() for slope in jacobian.slopes if slope is not None)
@@ -81,7 +80,7 @@ def columns(jacobian: Jacobian, like: Tensor) -> Tensor:
         count = min(samples, batch - start)
         parts = [few @ part.expand(-1, count, *like.shape[1:]) for part in basis.split(tangents)]
         rows.append(torch.cat(parts).flatten(2).transpose(0, 1))
-    return torch.cat(rows)
+    return torch.cat(rows).to(like.dtype)
 
 
 def log_det_from_columns(columns: Tensor) -> Tensor:
@@ -119,16 +118,17 @@ def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulett
             if k > fixed:
                 if (count := alive[k - fixed - 1]) < len(power):
                     power, frozen = power[:count], frozen.at(slice(count))
-                weight = weight / roulette.survival(k - fixed) * (lengths[: len(power)] >= k - fixed)
+                drawn = (lengths[: len(power)] >= k - fixed).to(start.dtype)
+                weight = drawn * (weight / roulette.survival(k - fixed))
             power = frozen @ power
             count = len(power)
             value[:count] -= weight / k * (start[:count] * power).flatten(1).sum(1)
             if k > fixed:
-                weight = weight.reshape(-1, *(1,) * (power.ndim - 1)).to(power.dtype)
+                weight = weight.reshape(-1, *(1,) * (power.ndim - 1))
             neumann[:count] += weight * power
-            # What is left is at most |power| rho / (1 - rho) in the mean: below rounding there is nothing to add, and on
-            # a CPU denormal numbers would cost a hundred times the arithmetic. Not at each k: it makes a GPU wait.
-            if k % 4 == 0 and power.abs().amax() < 0.01 * torch.finfo(power.dtype).eps:
+            # What is left is at most |power| rho / (1 - rho) in the mean. Below rounding there is nothing to add, and
+            # on a CPU denormal numbers cost many times the arithmetic. Not at each k: the test makes a GPU wait.
+            if k % 4 == 0 and power.abs().amax() < 0.01 * torch.finfo(start.dtype).eps:
                 break
         back = torch.argsort(order)
         value, neumann = value[back], neumann[back]
@@ -138,7 +138,7 @@ def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulett
     return value + (surrogate - surrogate.detach())
 
 
-def probes(kind: str, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_probe(kind: str, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Hutchinson probe of `like`'s shape, dtype and device: "rademacher" or "gaussian"."""
     device = like.device if generator is None else generator.device
     if kind == "gaussian":

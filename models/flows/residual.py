@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from models.flows.errors import FlowInverseError
 from models.flows.lipschitz import TWO_PI, Chain, constrain
-from models.flows.log_det import Roulette, columns, log_det_from_columns, probes, series
+from models.flows.log_det import Roulette, columns, draw_probe, log_det_from_columns, series
 
 # "auto" computes the log-determinant exactly up to these dimensions, in training and in evaluation.
 EXACT_TRAIN = 4
@@ -33,7 +33,7 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 class ResidualBlock(nn.Module):
     """The weights of g = A3 sin A2 sin A1 [sin]: convolutions 3x3, 1x1, 3x3 for images, linear maps for vectors.
 
-    PyTorch's default initialisation, as the official code; see `ResidualFlow` for what that means.
+    They are trained, averaged and stored as they are; each call of the flow caps them anew.
     """
 
     def __init__(self, channels: int, hidden: int, image: bool, preactivation: bool) -> None:
@@ -54,9 +54,9 @@ class ResidualFlow(nn.Module):
     layers whose infinity norms are capped at `coefficient`, so Lip(g) <= coefficient^3. The defaults are the paper's
     for CIFAR-10.
 
-    With PyTorch's default initialisation all layers sit at the cap, and yet the flow starts close to the identity:
-    the rows' signs are random and the cap is on the sum of their absolute values, so J's entries are of the order of
-    coefficient^3 / sqrt(fan-in) and the log-determinant of the order of -1e-4 per dimension.
+    With PyTorch's default initialisation every layer sits at the cap, and yet the flow starts close to the identity:
+    the cap is on the sum of absolute values while the signs are random, so a block's Jacobian has spectral norm 0.01
+    (2-D, 64 hidden), 0.005 (8x8, 32 hidden) or less, and the log-determinant is some hundredths of a nat.
 
     log_det: "exact" builds each block's Jacobian; "series" is the unbiased estimate with random depth and probe;
     "auto" is exact up to 4 dimensions in training and 256 in evaluation. `terms_train` and `terms_eval` are the
@@ -173,7 +173,7 @@ class ResidualFlow(nn.Module):
                     else:
                         groups = min(len(a), ROULETTE_GROUPS) if self.training else len(a)
                         depth = self.roulette.draw(len(a), groups, generator)
-                        probe = probes(self.probes, a, generator)
+                        probe = draw_probe(self.probes, a, generator)
                         term = series(jacobian, probe, depth, self.terms[self.training], self.roulette)
                     a = a + change
                     terms.append(term)
@@ -250,7 +250,7 @@ def _invert(chain: Chain, target: Tensor, tolerance: float, max_iterations: int,
     solution = target.clone()
     left = torch.arange(len(target), device=target.device)
     a, goal = target, target
-    for _ in range(max_iterations):
+    for iteration in range(max_iterations):
         following = goal - chain.value(a)
         residual = (following - a).abs().flatten(1).amax(1)
         going = ~(residual <= tolerance * (TWO_PI + a.abs().flatten(1).amax(1)))
@@ -260,9 +260,11 @@ def _invert(chain: Chain, target: Tensor, tolerance: float, max_iterations: int,
             left, a, goal, residual = left[going], a[going], goal[going], residual[going]
         if len(left) == 0:
             return solution
-        if not residual.isfinite().all():
-            break
+        if iteration % 16 == 0 and not (finite := residual.isfinite()).all():
+            raise FlowInverseError(
+                f"inverse of residual block {number}: {(~finite).sum()} of {len(target)} samples are not finite"
+            )
     raise FlowInverseError(
         f"inverse of residual block {number}: {len(left)} of {len(target)} samples not converged after at most "
-        f"{max_iterations} iterations (largest residual {residual.max().item() / TWO_PI:.3g}, tolerance {tolerance:.3g})"
+        f"{max_iterations} iterations: largest residual {residual.max().item() / TWO_PI:.3g}, tolerance {tolerance:.3g}"
     )

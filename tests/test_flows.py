@@ -1,0 +1,461 @@
+"""Flows: invertible, their log-determinants exact or unbiased, and refused where they cannot be built."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from pydantic import create_model
+from torch import Tensor
+
+from models.flows import FlowInverseError, Identity, ResidualFlow, log_det
+from models.flows.log_det import Roulette, columns, log_det_from_columns
+
+DOUBLE = torch.float64
+VECTOR = {"shape": [2], "blocks": 3, "hidden": 16}
+IMAGE = {"shape": [1, 4, 4], "blocks": (2, 1), "hidden": 8}
+SQUEEZED = {"shape": [2, 4, 4], "blocks": (1, 1), "hidden": 8, "squeeze_first": True}
+SHAPES = pytest.mark.parametrize("config", [VECTOR, IMAGE, SQUEEZED], ids=["vector", "image", "squeezed"])
+
+
+def points(config: dict, count: int, seed: int = 0) -> Tensor:
+    return 2 * torch.rand(count, *config["shape"], generator=torch.Generator().manual_seed(seed), dtype=DOUBLE) - 1
+
+
+def make(config: dict, seed: int = 0, scale: float = 10.0, **options) -> ResidualFlow:
+    """A float64 flow in evaluation mode, its weights scaled so that all layers sit at the cap."""
+    torch.manual_seed(seed)
+    flow = ResidualFlow(**(config | options)).double().eval()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter *= scale
+    return flow
+
+
+def strong(config: dict, share: float = 1.0, seed: int = 0, **options) -> ResidualFlow:
+    """A flow whose blocks have Jacobians of spectral radius up to 0.98^3 * share: signs of a row agree, biases are 0.
+
+    Blocks alternate between +J and -J, so that both ends of the spectrum are met.
+    """
+    flow = make(config, seed, **options)
+    with torch.no_grad():
+        for index, block in enumerate(block for level in flow.levels for block in level):
+            for layer in block.layers:
+                layer.weight.abs_()
+                layer.bias.mul_(0.1 / layer.bias.abs().max())
+            block.layers[2].weight *= (-1.0) ** (index + 1)
+            if share < 1:
+                first = block.layers[0].weight
+                first *= 0.98 * share / first.flatten(1).sum(1).reshape(-1, *(1,) * (first.ndim - 1))
+    return flow
+
+
+def radius(flow: ResidualFlow, x: Tensor) -> float:
+    """The largest eigenvalue modulus among the Jacobians of the first block."""
+    chain = next(flow._chains())[0]
+    _, jacobian = chain.linearise(flow._enter(x))
+    return torch.linalg.eigvals(columns(jacobian, flow._enter(x))).abs().max().item()
+
+
+def autograd_log_det(flow: ResidualFlow, x: Tensor) -> Tensor:
+    """log|det dz/dx| by differentiating the whole map, independent of the flow's own products."""
+    jacobian = torch.autograd.functional.jacobian(lambda x: flow.latent(x).sum(0), x, create_graph=True)
+    dims = math.prod(flow.shape)
+    return torch.linalg.slogdet(jacobian.movedim(len(flow.shape), 0).reshape(-1, dims, dims)).logabsdet
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_identity_is_the_very_same_tensor():
+    x = points(VECTOR, 3)
+    z, log_det = Identity()(x, generator=torch.Generator())
+    assert z is x and Identity().inverse(x) is x and Identity().latent(x) is x
+    assert torch.equal(log_det, torch.zeros(3, dtype=DOUBLE))
+    assert not list(Identity().parameters())
+
+
+# --- the map ----------------------------------------------------------------------------------------------------------
+
+
+@SHAPES
+@pytest.mark.parametrize("build", [lambda c: make(c, scale=1.0), make, strong], ids=["fresh", "capped", "strong"])
+def test_round_trip(config, build):
+    flow, x = build(config), points(config, 16)
+    assert (flow.inverse(flow(x)[0]) - x).abs().max() < 1e-8
+    flow, x = flow.float(), x.float()
+    z, _ = flow(x)
+    assert z.shape == x.shape and z.dtype == torch.float32
+    assert (flow.inverse(z) - x).abs().max() < 1e-4
+    # The other order: the inverse's image is the latent it was asked for.
+    assert (flow.latent(flow.inverse(x)) - x).abs().max() < 1e-4
+
+
+@SHAPES
+def test_latent_alone_equals_forward(config):
+    flow, x = make(config), points(config, 5)
+    assert torch.allclose(flow.latent(x), flow(x)[0], atol=1e-14)
+    single, _ = flow.float()(x.float())
+    assert torch.allclose(single.double(), flow.double().latent(x), atol=1e-5)
+
+
+def test_scaling_capped_weights_changes_nothing():
+    config = VECTOR | {"hidden": 32}
+    a, b = make(config, scale=10.0), make(config, scale=10.0)
+    with torch.no_grad():
+        for name, parameter in b.named_parameters():
+            if name.endswith("weight"):
+                parameter *= 10
+    x = points(config, 8)
+    assert torch.allclose(a(x)[0], b(x)[0], atol=1e-13)
+    fresh = make(config, scale=0.01)
+    assert (a(x)[0] - fresh(x)[0]).abs().max() > 1e-2  # below the cap, weights do count
+
+
+@SHAPES
+def test_blocks_respect_the_lipschitz_bound_and_can_reach_it(config):
+    bound = 0.98**3
+    for flow in (make(config), strong(config)):
+        x = flow._enter(points(config, 64))
+        for chain in next(flow._chains()):
+            for scale in (1e-3, 0.1, 1.0, 5.0):
+                y = x + scale * torch.randn_like(x)
+                ratio = (chain.value(y) - chain.value(x)).abs().flatten(1).amax(1) / (y - x).abs().flatten(1).amax(1)
+                assert ratio.max() <= bound * (1 + 1e-9)
+    if len(config["shape"]) == 3:
+        config = config | {"shape": [1, 12, 12]}  # has an inner pixel that no padding reaches
+    flow = make(config)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.abs_()
+        for name, parameter in flow.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    x = torch.zeros(1, *config["shape"], dtype=DOUBLE)  # all slopes are 1 here, and all signs agree
+    _, jacobian = next(flow._chains())[0].linearise(flow._enter(x))
+    assert columns(jacobian, flow._enter(x)).sum(1).max().item() == pytest.approx(bound, rel=1e-9)
+
+
+def test_squeeze_has_the_stated_channel_order():
+    """A flow of no effect but its squeezes is the identity, and its blocks see channel 4c+2i+j for pixel (2h+i, 2w+j)."""
+    flow = ResidualFlow([2, 4, 6], (1, 1), hidden=4, squeeze_first=False).double()
+    seen = []
+    flow.levels[1][0].layers[0].register_forward_pre_hook(lambda *_: None)
+    x = torch.arange(48, dtype=DOUBLE).reshape(1, 2, 4, 6)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.zero_()
+        # The second level's block passes one channel on, small enough to find by its sine.
+        first, middle, last = flow.levels[1][0].layers
+        for channel in range(8):
+            for layer in (first, middle, last):
+                layer.weight.zero_()
+            first.weight[0, channel, 1, 1] = 0.5
+            middle.weight[0, 0, 0, 0] = 0.5
+            last.weight[0, 0, 1, 1] = 0.5
+            inside = 1e-5 * x
+            change = flow.latent(inside) - inside
+            out = change[0, 0, 0::2, 0::2]  # what channel 0 of the squeezed image received
+            c, i, j = channel // 4, channel // 2 % 2, channel % 2
+            assert torch.allclose(out, 0.125 * inside[0, c, i::2, j::2], atol=1e-9)
+            seen.append((c, i, j))
+            change[0, 0, 0::2, 0::2] = 0
+            assert change.abs().max() < 1e-12
+    assert len(set(seen)) == 8
+
+
+def test_only_the_very_first_block_lacks_the_leading_sine():
+    flow = make(IMAGE, scale=1.0)
+    x = points(IMAGE, 2)
+    first, second, third = (block.preactivation for level in flow.levels for block in level)
+    assert (first, second, third) == (False, True, True)
+    chains = next(flow._chains())
+    a, shifted = flow._enter(x), flow._enter(x + 1.0)  # one period of sin(2 pi x)
+    assert torch.allclose(chains[1].value(a), chains[1].value(shifted), atol=1e-12)
+    assert (chains[0].value(a) - chains[0].value(shifted)).abs().max() > 1e-3
+
+
+# --- the inverse's failures -------------------------------------------------------------------------------------------
+
+
+def test_inverse_says_which_block_did_not_converge():
+    flow, x = strong(VECTOR), points(VECTOR, 7)
+    with pytest.raises(
+        FlowInverseError, match=r"residual block 2: 7 of 7 samples .* 1 iterations: largest residual 0\."
+    ):
+        flow.inverse(flow(x)[0], max_iterations=1)
+    assert issubclass(FlowInverseError, RuntimeError)
+
+
+def test_inverse_refuses_what_is_not_finite():
+    flow, z = make(VECTOR), points(VECTOR, 5)
+    z[3, 0] = math.nan
+    with pytest.raises(FlowInverseError, match="residual block 2: 1 of 5 samples are not finite"):
+        flow.inverse(z)
+
+
+def test_inverse_treats_each_sample_on_its_own():
+    flow, z = strong(IMAGE), points(IMAGE, 6)
+    together = flow.inverse(z)
+    alone = torch.cat([flow.inverse(sample[None]) for sample in z])
+    assert torch.allclose(together, alone, atol=1e-12)
+
+
+def test_inverse_tolerance_is_kept_and_capped_by_rounding():
+    flow, x = strong(VECTOR), points(VECTOR, 32)
+    z = flow(x)[0]
+    errors = [(flow.inverse(z, tolerance=t) - x).abs().max().item() for t in (1e-2, 1e-5, 1e-8)]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-6
+    single = flow.float()
+    assert (single.inverse(z.float(), tolerance=0.0) - x.float()).abs().max() < 1e-4
+
+
+# --- exact log-determinant --------------------------------------------------------------------------------------------
+
+
+@SHAPES
+@pytest.mark.parametrize("build", [make, strong], ids=["capped", "strong"])
+def test_exact_log_det_and_gradient_equal_autograd(config, build):
+    flow, x = build(config, log_det="exact"), points(config, 3).requires_grad_()
+    value, truth = flow(x)[1], autograd_log_det(flow, x)
+    assert value.abs().max() > 1e-3
+    assert torch.allclose(value, truth, atol=1e-11)
+    leaves = [x, *flow.parameters()]
+    ours = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+    theirs = torch.autograd.grad(truth.sum(), leaves, allow_unused=True)
+    for leaf, a, b in zip(leaves, ours, theirs, strict=True):
+        a, b = (torch.zeros_like(leaf) if g is None else g for g in (a, b))
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 9])
+def test_exact_log_det_of_vectors_of_any_length(dims):
+    config = {"shape": [dims], "blocks": 2, "hidden": 12}
+    flow, x = strong(config, log_det="exact"), points(config, 4)
+    assert torch.allclose(flow(x)[1], autograd_log_det(flow, x), atol=1e-11)
+
+
+def test_chunks_of_columns_change_nothing(monkeypatch):
+    flow, x = strong(SQUEEZED, log_det="exact"), points(SQUEEZED, 5)
+    whole = flow(x)[1]
+    for budget in (1, 300, 9000):
+        monkeypatch.setitem(log_det.COLUMN_BUDGET, "cpu", budget)
+        assert torch.allclose(flow(x)[1], whole, atol=1e-13)
+
+
+def test_auto_is_exact_where_dimensions_are_few():
+    def is_exact(flow: ResidualFlow, x: Tensor) -> bool:
+        return torch.equal(flow(x)[1], flow(x)[1])
+
+    vector, image = strong(VECTOR), strong(IMAGE)
+    assert is_exact(vector.train(), points(VECTOR, 4)) and is_exact(vector.eval(), points(VECTOR, 4))
+    assert not is_exact(image.train(), points(IMAGE, 4)) and is_exact(image.eval(), points(IMAGE, 4))
+    assert not is_exact(strong(IMAGE, log_det="series").eval(), points(IMAGE, 4))
+
+
+# --- series -----------------------------------------------------------------------------------------------------------
+
+SERIES = {"shape": [3], "blocks": 2, "hidden": 8}
+
+
+@pytest.mark.parametrize(
+    ("share", "options", "training"),
+    [
+        (1.0, {"roulette": "geometric", "probes": "rademacher"}, True),
+        (1.0, {"roulette": "geometric", "probes": "gaussian", "terms_eval": 4}, False),
+        (0.6, {"roulette": "poisson", "probes": "gaussian"}, True),
+        (0.6, {"roulette": "poisson", "probes": "rademacher", "terms_eval": 1}, False),
+    ],
+    ids=["geometric-train", "geometric-eval", "poisson-train", "poisson-eval"],
+)
+@pytest.mark.parametrize("config", [SERIES, IMAGE | {"blocks": (1, 1), "hidden": 4}], ids=["vector", "image"])
+def test_series_is_unbiased_in_value_and_gradient(config, share, options, training):
+    """Mean over many draws within 4 standard errors of the exact value, and of the exact gradient along itself.
+
+    The point's log-determinant is large against the standard error, so that a wrong sign or weight of one term fails.
+    """
+    flow = strong(config, share, seed=1, log_det="series", **options).train(training)
+    exact = strong(config, share, seed=1, log_det="exact", **options)
+    x = 0.05 * points(config, 1)
+    assert radius(exact, x) > 0.25 * share
+    x = x.requires_grad_()
+    truth = exact(x)[1].sum()
+    gradient = torch.autograd.grad(truth, [x, *exact.parameters()], materialize_grads=True)
+    size = sum((g * g).sum() for g in gradient).item()
+
+    generator = torch.Generator().manual_seed(5)
+    values, slopes = [], []
+    for _ in range(40):
+        value = flow(x.expand(400, *x.shape[1:]), generator)[1]
+        values.append(value.mean().item())
+        found = torch.autograd.grad(value.mean(), [x, *flow.parameters()], materialize_grads=True)
+        slopes.append(sum((f * g).sum() for f, g in zip(found, gradient, strict=True)).item() / size)
+    for name, draws, target in (("value", values, truth.item()), ("gradient", slopes, 1.0)):
+        draws = torch.tensor(draws, dtype=DOUBLE)
+        error = draws.std().item() / math.sqrt(len(draws))
+        assert error < 0.03 * abs(target), name
+        assert abs(draws.mean().item() - target) < 4 * error, name
+
+
+def test_series_value_is_the_log_determinant_not_the_surrogate():
+    """The Neumann surrogate's value is tr(J (I + J)^-1); here that is far from log det(I + J)."""
+    flow = strong(SERIES | {"blocks": 1}, log_det="series", terms_train=400).train()
+    x = 0.05 * points(SERIES, 1)
+    _, jacobian = next(flow._chains())[0].linearise(flow._enter(x))
+    matrix = columns(jacobian, x)[0].detach().T
+    eye = torch.eye(3, dtype=DOUBLE)
+    surrogate = torch.trace(matrix @ torch.linalg.inv(eye + matrix)).item()
+    truth = log_det_from_columns(matrix).item()
+    value = flow(x.expand(4000, -1), torch.Generator().manual_seed(0))[1].mean().item()
+    assert abs(surrogate - truth) > 0.3 * abs(truth)
+    assert value == pytest.approx(truth, rel=0.05)
+
+
+def test_series_with_gradient_off_equals_its_value_with_gradient():
+    flow, x = strong(IMAGE, log_det="series"), points(IMAGE, 9)
+    with torch.no_grad():
+        off = flow(x, torch.Generator().manual_seed(3))[1]
+    on = flow(x, torch.Generator().manual_seed(3))[1]
+    assert on.requires_grad and torch.allclose(on, off, atol=1e-14)
+
+
+def test_series_ends_early_only_below_rounding():
+    """A fresh flow's powers of J vanish quickly; stopping there agrees with the exact value of a probe-free case."""
+    config = {"shape": [1], "blocks": 1, "hidden": 4}  # with D = 1 a Rademacher probe has no variance
+    flow = make(config, scale=0.3, log_det="series", terms_eval=200)
+    x = points(config, 16)
+    with torch.no_grad():
+        value = flow(x, torch.Generator())[1]
+        flow.log_det = "exact"
+        assert torch.allclose(value, flow(x)[1], atol=1e-14, rtol=1e-12) and value.abs().max() > 1e-4
+
+
+def test_generator_decides_the_series_and_leaves_the_global_state_alone():
+    flow, x = strong(IMAGE).train(), points(IMAGE, 12)
+    state = torch.get_rng_state()
+    draws = [flow(x, torch.Generator().manual_seed(seed))[1] for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(flow(x, generator)[1], draws[0]) and not torch.equal(flow(x, generator)[1], draws[0])
+    torch.manual_seed(4)
+    first = flow(x)[1]
+    torch.manual_seed(4)
+    assert torch.equal(flow(x)[1], first)
+
+
+# --- roulette ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("roulette", [Roulette(), Roulette(entry=1.0, stay=0.5), Roulette("poisson", rate=2.0)])
+@pytest.mark.parametrize("groups", [1, 8, 40])
+def test_roulette_lengths_have_the_stated_tail(roulette, groups):
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([roulette.draw(40, groups, generator) for _ in range(600)]).double()
+    assert draws.shape == (600, 40)
+    for k in (1, 2, 4, 8):
+        expected = roulette.survival(k)
+        for sample in (0, 17, 39):  # every place in the batch has the distribution, whatever its group
+            error = math.sqrt(expected * (1 - expected) / 600)
+            assert abs((draws[:, sample] >= k).double().mean().item() - expected) <= 4.5 * error
+    assert roulette.survival(0) == 1.0
+
+
+def test_roulette_survival_closed_forms():
+    assert Roulette("poisson", rate=2.0).survival(1) == pytest.approx(1 - math.exp(-2), rel=1e-12)
+    assert Roulette("poisson", rate=2.0).survival(3) == pytest.approx(1 - 5 * math.exp(-2), rel=1e-12)
+    assert Roulette(entry=0.25, stay=0.9).survival(3) == pytest.approx(0.25 * 0.81)
+    # The condition for a finite second moment at the Lipschitz bound, which the defaults are chosen for.
+    assert Roulette().stay > 0.98**6
+
+
+# --- weights, options, refusals ---------------------------------------------------------------------------------------
+
+
+def test_parameter_count_at_published_size():
+    flow = ResidualFlow([3, 8, 8], (1, 1))
+    counts = [sum(p.numel() for p in block.parameters()) for level in flow.levels for block in level]
+    width = 512
+    assert counts == [9 * c * width + width + width * width + width + 9 * width * c + c for c in (3, 12)]
+
+
+def test_weights_are_all_there_is_and_averages_are_valid():
+    a, b = make(IMAGE, seed=1), make(IMAGE, seed=2)
+    assert set(a.state_dict()) == {name for name, _ in a.named_parameters()}
+    mean = {name: 0.5 * (value + b.state_dict()[name]) for name, value in a.state_dict().items()}
+    flow = make(IMAGE, seed=3)
+    flow.load_state_dict(mean)
+    x = points(IMAGE, 4)
+    assert (flow.inverse(flow(x)[0]) - x).abs().max() < 1e-8
+    other = copy.deepcopy(flow)
+    assert torch.equal(other(x)[0], flow(x)[0])
+
+
+@SHAPES
+def test_all_parameters_learn(config):
+    flow = make(config, scale=1.0).train()
+    z, log_det = flow(points(config, 8), torch.Generator().manual_seed(0))
+    (z.square().sum() - log_det.sum()).backward()
+    for name, parameter in flow.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@SHAPES
+def test_autocast_reaches_training_only(config):
+    flow, x = strong(config).float(), points(config, 4).float()
+    plain = flow(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same = flow(x)
+        assert torch.equal(same[0], plain[0]) and torch.equal(same[1], plain[1])
+        assert (flow.inverse(same[0]) - x).abs().max() < 1e-4
+        z, log_det = flow.train()(x, torch.Generator().manual_seed(0))
+        assert z.dtype == log_det.dtype == torch.float32
+        assert not torch.equal(z, plain[0]) and (z - plain[0]).abs().max() < 0.1
+        (z.square().sum() - log_det.sum()).backward()
+    assert all(p.grad.isfinite().all() for p in flow.parameters())
+
+
+def test_signature_is_a_schema():
+    fields = {
+        name: (p.annotation, ... if p.default is inspect.Parameter.empty else p.default)
+        for name, p in inspect.signature(ResidualFlow).parameters.items()
+    }
+    schema = create_model("ResidualFlowConfig", **fields)
+    config = schema(shape=[1, 8, 8], blocks=[2, 2], hidden=16).model_dump()
+    assert ResidualFlow(**config).blocks == (2, 2)
+    assert ResidualFlow(**schema(shape=[2], blocks=8, hidden=16).model_dump()).blocks == (8,)
+    for wrong in ({"coefficient": 1.0}, {"hidden": 0}, {"log_det": "both"}, {"blocks": 0}, {"roulette_stay": 1.0}):
+        with pytest.raises(ValueError):
+            schema(**({"shape": [2], "blocks": 1} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"shape": [1, 7, 8], "blocks": (1, 1)}, r"blocks: \[1, 1\] .* divisible by 2, not shape \[1, 7, 8\]"),
+        ({"shape": [1, 6, 6], "blocks": (1, 1), "squeeze_first": True}, "divisible by 4, not shape"),
+        ({"shape": [2], "blocks": (1, 1)}, r"blocks: \[1, 1\] must be a single count"),
+        ({"shape": [2], "blocks": 1, "squeeze_first": True}, "squeeze_first: True"),
+        ({"shape": [2, 2], "blocks": 1}, r"shape: \[2, 2\] is neither"),
+        ({"shape": [2], "blocks": ()}, r"blocks: \[\]"),
+        ({"shape": [2], "blocks": 0}, r"blocks: \[0\]"),
+        ({"shape": [2], "blocks": 1, "coefficient": 1.0}, "coefficient: 1.0"),
+        ({"shape": [2], "blocks": 1, "hidden": 0}, "hidden: 0"),
+        ({"shape": [2], "blocks": 1, "log_det": "both"}, "log_det: 'both' is not one of auto, exact, series"),
+        ({"shape": [2], "blocks": 1, "roulette": "uniform"}, "roulette: 'uniform'"),
+        ({"shape": [2], "blocks": 1, "roulette_entry": 0.0}, "roulette_entry: 0.0"),
+        ({"shape": [2], "blocks": 1, "roulette_rate": 0.0}, "roulette_rate: 0.0"),
+        ({"shape": [2], "blocks": 1, "terms_train": -1}, "terms_train"),
+        ({"shape": [2], "blocks": 1, "probes": "uniform"}, "probes: 'uniform'"),
+    ],
+)
+def test_refusals_name_key_value_and_what_is_accepted(config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        ResidualFlow(**({"hidden": 4} | config))
+    assert "\n" not in str(error.value)
+
+
+def test_input_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"x: shape \[3, 4\] is not \(B, 2\)"):
+        make(VECTOR)(torch.zeros(3, 4))
