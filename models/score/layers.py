@@ -9,6 +9,12 @@ from torch import Tensor, nn
 FIR = (1.0, 3.0, 3.0, 1.0)
 
 
+def require(condition: bool, key: str, value: object, accepted: str) -> None:
+    """Raise ValueError in one line, naming the option, its value and what is accepted, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{key} = {value!r}: accepted {accepted}")
+
+
 def init_fan_avg(layer: nn.Module, scale: float = 1.0) -> nn.Module:
     """Fill the weight uniformly with variance `scale / mean(fan_in, fan_out)` and the bias with zeros; return the layer.
 
@@ -32,16 +38,13 @@ def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of `min(channels / 4, 32)` groups.
+    """GroupNorm of `min(channels // 4, 32)` groups.
 
     Raises ValueError where that number of groups does not divide the channels.
     """
     groups = min(channels // 4, 32)
-    if groups < 1 or channels % groups:
-        raise ValueError(
-            f"nf: a layer would have {channels} channels, which {groups} normalisation groups (a quarter of the channels, "
-            "at most 32) cannot share; accepted: nf >= 4 such that they can, for example any multiple of 4 up to 128"
-        )
+    if not groups or channels % groups:
+        raise ValueError(f"{channels} channels cannot be normalised in {groups} groups")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 

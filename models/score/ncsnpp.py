@@ -1,6 +1,7 @@
 """NCSN++ and DDPM++, the image score networks of Song et al. (2021), as one class with options."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from pydantic import Field
 from torch import Tensor, nn
 
+from models.options import Count, NonNegative, Positive
 from models.score.layers import (
     AttentionBlock,
     FourierEmbedding,
@@ -19,6 +21,7 @@ from models.score.layers import (
     conv3x3,
     group_norm,
     linear,
+    require,
 )
 
 PRESETS: dict[str, dict] = {
@@ -115,32 +118,41 @@ class NCSNpp(ModelMixin, ConfigMixin):
         self,
         shape: Annotated[tuple[int, ...], Field(min_length=3, max_length=3)],
         nf: Annotated[int, Field(ge=4)] = 128,
-        ch_mult: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 2, 2, 2),
-        num_res_blocks: Annotated[int, Field(ge=1)] = 4,
-        attn_resolutions: tuple[int, ...] = (16,),
+        ch_mult: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2),
+        num_res_blocks: Count = 4,
+        attn_resolutions: tuple[Count, ...] = (16,),
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         embedding: Literal["positional", "fourier"] = "positional",
-        fourier_scale: Annotated[float, Field(gt=0)] = 16.0,
+        fourier_scale: Positive = 16.0,
         fir: bool = False,
         progressive_input: Literal["none", "residual"] = "none",
         centered: bool = True,
-        init_scale: Annotated[float, Field(ge=0)] = 0.0,
+        init_scale: NonNegative = 0.0,
         skip_rescale: bool = True,
     ):
         super().__init__()
-        heights = _check(shape, nf, ch_mult, attn_resolutions, embedding, progressive_input)
+        heights = _heights(shape, ch_mult, attn_resolutions)
+        require(embedding in ("positional", "fourier"), "embedding", embedding, "are 'positional', 'fourier'")
+        require(
+            progressive_input in ("none", "residual"), "progressive_input", progressive_input, "are 'none', 'residual'"
+        )
+        require(num_res_blocks > 0, "num_res_blocks", num_res_blocks, "is a positive integer")
+        require(0 <= dropout < 1, "dropout", dropout, "is a number from 0 to below 1")
         fourier = embedding == "fourier"
+        require(nf >= 4 and (fourier or nf % 2 == 0), "nf", nf, "is 4 or more, and even if embedding is 'positional'")
         self.time_input = "sigma" if fourier else "time999"
         self.output = "score_times_sigma" if fourier else "noise"
         self.centered = centered
         rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
         width = 4 * nf
-        channels = [nf * m for m in ch_mult]
-        levels = len(channels)
-        residual = progressive_input == "residual"
+        channels = [nf * multiple for multiple in ch_mult]
 
         def block(inputs: int, outputs: int, resample: str = "none") -> ResidualBlock:
-            return ResidualBlock(inputs, outputs, width, dropout, init_scale, resample, fir, rescale)
+            try:
+                return ResidualBlock(inputs, outputs, width, dropout, init_scale, resample, fir, rescale)
+            except ValueError as error:
+                examples = f"for example 16, 32, 64 or 128; with ch_mult = {list(ch_mult)}, {error}"
+                raise ValueError(f"nf = {nf}: accepted {examples}") from None
 
         def attention(level: int) -> AttentionBlock | None:
             here = heights[level] in attn_resolutions
@@ -161,9 +173,9 @@ class NCSNpp(ModelMixin, ConfigMixin):
                 here = out
                 skips.append(here)
             shrink = merge = None
-            if level < levels - 1:
+            if level < len(channels) - 1:
                 shrink = block(here, here, "down")
-                if residual:
+                if progressive_input == "residual":
                     merge = PyramidDownsample(pyramid, here, fir)
                     pyramid = here
                 skips.append(here)
@@ -176,9 +188,8 @@ class NCSNpp(ModelMixin, ConfigMixin):
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(channels))):
             steps = []
-            for index in range(num_res_blocks + 1):
-                last = index == num_res_blocks
-                steps.append(Step(block(here + skips.pop(), out), attention(level) if last else None))
+            for left in reversed(range(num_res_blocks + 1)):
+                steps.append(Step(block(here + skips.pop(), out), None if left else attention(level)))
                 here = out
             self.up.append(UpLevel(steps, block(here, here, "up") if level else None))
 
@@ -211,26 +222,19 @@ class NCSNpp(ModelMixin, ConfigMixin):
         return self.head(F.silu(self.norm(h)))
 
 
-def _check(shape, nf, ch_mult, attn_resolutions, embedding, progressive_input) -> list[int]:
-    """Raise ValueError for options that do not fit together; return the height at every level."""
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"shape: {list(shape)} is not an image shape; accepted: [channels, height, width]")
-    if not ch_mult or min(ch_mult) < 1:
-        raise ValueError(f"ch_mult: {list(ch_mult)}; accepted: one or more positive integers")
-    if embedding not in ("positional", "fourier"):
-        raise ValueError(f"embedding: {embedding!r}; accepted: 'positional', 'fourier'")
-    if progressive_input not in ("none", "residual"):
-        raise ValueError(f"progressive_input: {progressive_input!r}; accepted: 'none', 'residual'")
-    if embedding == "positional" and (nf < 4 or nf % 2):
-        raise ValueError(f"nf: {nf}; accepted with embedding 'positional': an even number of at least 4")
-    halvings = len(ch_mult) - 1
-    if shape[1] % 2**halvings or shape[2] % 2**halvings:
-        raise ValueError(
-            f"ch_mult: {list(ch_mult)} halves a {shape[1]}x{shape[2]} image {halvings} times; "
-            f"accepted: height and width that are multiples of {2**halvings}, or fewer levels"
-        )
-    heights = [shape[1] // 2**level for level in range(len(ch_mult))]
-    absent = [r for r in attn_resolutions if r not in heights]
-    if absent:
-        raise ValueError(f"attn_resolutions: {absent} never occur in this network; accepted: any of {heights}")
+def _heights(shape: Sequence[int], ch_mult: Sequence[int], attn_resolutions: Sequence[int]) -> list[int]:
+    """The height at every level. Raises ValueError where a level or an attention resolution cannot exist."""
+    require(len(shape) == 3 and min(shape) > 0, "shape", list(shape), "is [channels, height, width]")
+    require(len(ch_mult) > 0 and min(ch_mult) > 0, "ch_mult", list(ch_mult), "is a list of positive integers")
+    _, height, width = shape
+    multiple = 2 ** (len(ch_mult) - 1)
+    require(
+        height % multiple == 0 and width % multiple == 0,
+        "ch_mult",
+        list(ch_mult),
+        f"are at most as many levels as a {height}x{width} image can be halved, plus one",
+    )
+    heights = [height // 2**level for level in range(len(ch_mult))]
+    for resolution in attn_resolutions:
+        require(resolution in heights, "attn_resolutions", list(attn_resolutions), f"are heights out of {heights}")
     return heights
