@@ -28,7 +28,7 @@ from models.integrators import IntegrationError
 ROBUSTNESS_COLUMNS = (
     "sampler", "steps", "nfe", "n", "fd", "kid", "precision", "recall", "sliced_wasserstein", "energy", "seconds", "status",
 )
-CURVE_TIMES = 4
+CURVE_TIMES = 16
 CURVE_TOLERANCE = 1e-3
 
 
@@ -68,7 +68,23 @@ def quality(x: Tensor, run: RunConfig, data: Dataset, metrics: Sequence[str]) ->
         return measured
     from bench.fidelity import image_quality
 
-    return image_quality(quantise(x, data.levels), data.train, run.evaluate.features, metrics)
+    measured = image_quality(
+        quantise(x, data.levels), data.train, extractor_name(run), metrics, levels=data.levels, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    if "fid" in measured:  # Inception's Frechet distance; the features' name stands in the record
+        measured["fd"] = measured["fid"]
+    return measured
+
+
+def extractor_name(run: RunConfig) -> str | None:
+    """The registered feature extractor of a run: its suite's classifier, by content, or Inception; None for points."""
+    if run.evaluate.features != "classifier":
+        return run.evaluate.features
+    from bench.features import load_extractor
+
+    if not run.features_file.is_file():
+        raise InputError(f"{run.features_file}: not found; accepted: run `indm-bench features {run.suite}` first")
+    return load_extractor(run.features_file).extractor_name
 
 
 def curve_point(model: Model, run: RunConfig, data: Dataset, device) -> dict[str, float | None]:
@@ -124,7 +140,7 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
     return {
         "eps": model.sde.eps, "dequantiser": "uniform", "weights": "ema", "nelbo_repeats": settings.nelbo_repeats,
         "nelbo_times": settings.nelbo_times, "rtol": settings.rtol, "atol": settings.atol, "probes": settings.probes,
-        "images": settings.images, "samples": settings.samples, "features": settings.features,
+        "images": settings.images, "samples": settings.samples, "features": extractor_name(run),
         "quantiser": "floor", "reference": "test" if len(model.shape) == 1 else "train",
     }
 
