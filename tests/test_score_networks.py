@@ -66,6 +66,38 @@ def test_published_parameter_counts(name, deep, trainable, frozen):
     assert sum(p.numel() for p in net.parameters() if not p.requires_grad) == frozen
 
 
+def reference_layout(net: NCSNpp):
+    """The parameters as views of the shapes, and in the order, of the reference implementation."""
+    held = []
+    for name, p in net.named_parameters():
+        if name.endswith("qkv.weight"):
+            held = [part.T for part in p.chunk(3)]
+        elif name.endswith("qkv.bias"):
+            for pair in zip(held, p.chunk(3), strict=True):
+                yield from pair
+        else:
+            yield p.T if name.endswith("attention.out.weight") else p
+
+
+@pytest.mark.parametrize(
+    ("name", "condition", "expected"),
+    [
+        ("ddpmpp", [30.0, 700.0], [-1.70545, -2.17498, 0.09688, -1.04764, -1.86137, -1.47842, -1.82825]),
+        ("ncsnpp", [0.3, 2.0], [-0.13209, -0.12786, 1.67572, 1.23027, 0.43819, 0.52686, 1.63577]),
+    ],
+)
+def test_output_equals_the_reference_implementation(name, condition, expected):
+    """Expected numbers: github.com/yang-song/score_sde_pytorch at cb1f359 on a CPU, with these weights and inputs."""
+    net = build(name).eval()
+    with torch.no_grad():
+        for k, p in enumerate(reference_layout(net)):
+            wave = (torch.arange(p.numel(), dtype=torch.float64) + k).cos().view(p.shape)
+            p.copy_(wave * math.sqrt(2 / p[0].numel()))
+    z = torch.arange(2 * math.prod(SHAPE), dtype=torch.float64).sin().float().view(2, *SHAPE)
+    output = net(z, torch.tensor(condition)).flatten()[::37]
+    torch.testing.assert_close(output, torch.tensor(expected), rtol=0, atol=2e-4)
+
+
 def test_conventions_of_time_and_output():
     assert (build("ddpmpp").time_input, build("ddpmpp").output) == ("time999", "noise")
     assert (build("ncsnpp").time_input, build("ncsnpp").output) == ("sigma", "score_times_sigma")
