@@ -170,7 +170,7 @@ def _compare_row(
             continue
         n, m = (int(finite(row.get(f"{metric}_n")) or 0) for row in (before, after))
         if m < n:
-            detail = f"{m} of {n} seeds; {after.get(f'{metric}_status', '')}"
+            detail = after.get(f"{metric}_status") or f"{m} of {n} seeds"
             found.append(Difference(table, name, metric, ABSENT, old, new, detail=detail))
             continue
         if metric in MACHINE:
@@ -205,12 +205,18 @@ def report(differences: Sequence[Difference], suite: str, write: Callable[[str],
     write = write or sys.stdout.write
     failures = [difference for difference in differences if difference.fails]
     lines = [("", "table", "row", "metric", "committed", "fresh", "allowed", "what")]
-    for difference in sorted(differences, key=lambda difference: not difference.fails):
-        numbers = (difference.committed, difference.fresh, difference.tolerance)
+    groups: dict[Any, list[Difference]] = {}
+    for place, difference in enumerate(sorted(differences, key=lambda difference: not difference.fails)):
+        # one lost run takes many numbers with it: they are told together
+        alike = (difference.table, difference.row, difference.kind, difference.detail)
+        groups.setdefault(alike if difference.kind in (ABSENT, NEW) else place, []).append(difference)
+    for group in groups.values():
+        first = group[0]
+        numbers = (first.committed, first.fresh, first.tolerance) if len(group) == 1 else (None,) * 3
         texts = ("-" if number is None else f"{number:.5g}" for number in numbers)
-        what = f"{difference.kind}: {difference.detail}" if difference.detail else difference.kind
-        mark = "FAIL" if difference.fails else "note"
-        lines.append((mark, difference.table, difference.row, difference.metric, *texts, what))
+        what = f"{first.kind}: {first.detail}" if first.detail else first.kind
+        metrics = first.metric if len(group) == 1 else f"{len(group)} numbers"
+        lines.append(("FAIL" if first.fails else "note", first.table, first.row, metrics, *texts, what))
     if len(lines) > 1:
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         for line in lines:

@@ -309,6 +309,7 @@ def test_same_files_give_the_same_bytes_and_stale_figures_go(tmp_path):
         written.append({path.name: path.read_bytes() for path in files})
     assert written[0] == written[1]
     assert "robustness_gone.png" not in written[0]
+    assert "robustness_ode.png" not in written[0]  # one point is no curve
 
 
 # The page ----------------------------------------------------------------------------------------------------------
@@ -379,8 +380,12 @@ def test_reports_import_no_model():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
 
 
-def test_run_alone_is_a_report(tmp_path):
+def test_run_alone_and_smoke_judge_nothing(tmp_path):
     write_run(tmp_path / "runs" / "one" / "ddpmpp-vp" / "0", "one", "digits", "ddpmpp-vp", 0, False)
-    report_suite("one", tmp_path / "runs", tmp_path / "reports")
+    write_suite(tmp_path / "runs", "smoke", {"digits": False}, VARIANTS[:2], (0, 1))
+    report_suite("one", tmp_path / "runs", tmp_path / "reports", ())
+    report_suite("smoke", tmp_path / "runs", tmp_path / "reports", ())
     report_index(tmp_path / "reports")
-    assert "no pair of an INDM variant" in (tmp_path / "reports" / "index.html").read_text()
+    text = (tmp_path / "reports" / "index.html").read_text()
+    assert "no pair of an INDM variant" in text
+    assert "no claim is judged on it" in text and 'class="chip' not in text

@@ -239,10 +239,13 @@ def _gap(rows: Sequence[Row], variants: Sequence[str]) -> Any:
 
 def _robustness(rows: Sequence[Row], variants: Sequence[str], quality: Mapping[str, str]) -> Any:
     rows = [row for row in rows if (metric := quality.get(row.keys["dataset"])) and row.cells[metric].summary]
-    if not any(row.keys["steps"] for row in rows):
-        return None  # an adaptive sampler has one point: the table says it all
-    datasets = list(dict.fromkeys(row.keys["dataset"] for row in rows))
-    figure, panels = _panels(datasets)
+    steps: dict[str, set[int]] = {}
+    for row in rows:
+        steps.setdefault(row.keys["dataset"], set()).add(row.keys["steps"] or 0)
+    datasets = [name for name, counts in steps.items() if len(counts) > 1]
+    if not datasets:
+        return None  # one point, as an adaptive sampler has: the table says it all
+    figure, panels = _panels(datasets, share_x=False)
     for dataset, axis in panels.items():
         metric = quality[dataset]
         own = [row for row in rows if row.keys["dataset"] == dataset and row.keys["steps"]]

@@ -22,6 +22,7 @@ from bench.statistics import (
 # the nonlinear diffusion and the linear one it grew from: same SDE, same score network
 PAIRS = (("indm-vp-nll", "ddpmpp-vp"), ("indm-vp-fid", "ddpmpp-vp"), ("indm-ve", "ncsnpp-ve"))
 
+NO_ROW = "no such row"
 # seed -> number, or why there is none
 Values = Mapping[int, float] | str
 
@@ -125,7 +126,7 @@ def find(tables: Mapping[str, Table], quality: Mapping[str, str]) -> list[Findin
         for question in _questions(tables, dataset, units, quality.get(dataset)):
             for variant, baseline in PAIRS:
                 if {variant, baseline} <= present:
-                    findings.append(_compare(dataset, question, variant, baseline))
+                    findings.append(_compare(dataset, question, variant, baseline, tables["step_robustness"]))
     return findings
 
 
@@ -204,12 +205,12 @@ def _questions(tables: Mapping[str, Table], dataset: str, units: str, metric: st
     return asked
 
 
-def _compare(dataset: str, question: Question, variant: str, baseline: str) -> Finding:
-    ours, theirs = question.values(variant), question.values(baseline)
+def _compare(dataset: str, question: Question, variant: str, baseline: str, steps: Table) -> Finding:
+    ours, theirs = (_explained(question.values(name), dataset, name, steps) for name in (variant, baseline))
     difference, reason = None, ""
     for name, values in ((variant, ours), (baseline, theirs)):
         if isinstance(values, str):
-            reason = reason or f"{label(name)}: {values}"
+            reason = reason or f"{label(name)}: {values.removeprefix('not measured: ')}"
     if not reason and not set(ours) & set(theirs):
         reason = "The two share no seed"
     if not reason:
@@ -220,6 +221,15 @@ def _compare(dataset: str, question: Question, variant: str, baseline: str) -> F
     n, p = (0, None) if difference is None else (difference.n, difference.p)
     identity = (dataset, question.claim.id, variant, baseline, question.sampler, question.units)
     return Finding(*identity, *numbers, n, p, decided, sentence)
+
+
+def _explained(values: Values, dataset: str, variant: str, steps: Table) -> Values:
+    """A variant without any sampling has one row that tells why; one with other samplers has none at this point."""
+    if values != NO_ROW:
+        return values
+    rows = [row for row in steps.rows if (row.keys["dataset"], row.keys["variant"]) == (dataset, variant)]
+    reasons = [cell.status for row in rows if not row.keys["sampler"] for cell in row.cells.values()]
+    return reasons[0] if reasons else "not sampled in this way"
 
 
 def _sentence(
@@ -245,7 +255,7 @@ def _cell(rows: list[Row], variant: str, metric: str) -> Values:
     """The seeds' values of one cell, or its status."""
     cell = next((row.cells.get(metric) for row in rows if row.keys["variant"] == variant), None)
     if cell is None:
-        return "no such row"
+        return NO_ROW
     return dict(cell.values) if cell.values else cell.status
 
 
@@ -260,7 +270,7 @@ def curve_height(rows: list[Row], variant: str) -> Values:
     """
     own = [row for row in rows if row.keys["variant"] == variant and row.keys["images"]]
     if not own:
-        return next((row.cells["nelbo"].status for row in rows if row.keys["variant"] == variant), "no such row")
+        return next((row.cells["nelbo"].status for row in rows if row.keys["variant"] == variant), NO_ROW)
     last = max(row.keys["images"] for row in own)
     kept = sorted((row for row in own if row.keys["images"] >= 0.1 * last), key=lambda row: row.keys["images"])
     if len(kept) < 2:
@@ -283,7 +293,7 @@ def step_slope(rows: list[Row], variant: str, metric: str) -> Values:
     """Seed -> least-squares slope of log(metric) against log(steps), over step counts below the largest."""
     own = [row for row in rows if row.keys["variant"] == variant and row.keys["steps"]]
     if not own:
-        return "no such row"
+        return NO_ROW
     most = max(row.keys["steps"] for row in own)
     kept = [row for row in own if row.keys["steps"] < most]
     if len(kept) < 2:

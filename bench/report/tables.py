@@ -313,10 +313,11 @@ def cost_reading(run: Run, metric: str) -> Reading:
         if isinstance(seconds, str) or isinstance(steps, str):
             return seconds if isinstance(seconds, str) else steps
         return 1000 * seconds / steps if steps > 0 else "no training step"
-    if metric == "evaluate_seconds" and run.likelihood:
-        # the evaluation writes its time beside its numbers; older runs added it to their provenance
-        found = finite(run.likelihood.get(metric))
-        return run.at(PROVENANCE, metric) if found is None else found
+    if metric == "evaluate_seconds":
+        # beside the evaluation's numbers, or added to the provenance
+        found = [finite((record or {}).get(metric)) for record in (run.likelihood, run.provenance)]
+        absent = run.problems.get(LIKELIHOOD) or f"{metric} is not in {LIKELIHOOD}"
+        return next((seconds for seconds in found if seconds is not None), absent)
     return run.at(PROVENANCE, *metric.split("_", 1)) if metric.startswith("parameters_") else run.at(PROVENANCE, metric)
 
 
