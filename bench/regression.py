@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.errors import InputError
 from bench.report.load import finite, read_csv
 from bench.statistics import student_quantile
 
@@ -74,8 +75,13 @@ def compare(committed: Path, fresh: Path, suite: str) -> list[Difference]:
     """Differences between two report folders of ``suite`` (its tables' CSV files): failures and notices.
 
     Every committed row and number must be there again, within its tolerance. Numbers that are not finite count as
-    absent, on both sides.
+    absent, on both sides. InputError where both are one folder, because that gate could only pass.
     """
+    if Path(committed).resolve() == Path(fresh).resolve():
+        raise InputError(
+            f"--against {committed}: is the folder of the fresh report itself; accepted: another folder, for example "
+            "the committed one with the fresh report elsewhere (INDM_BENCH_REPORTS)"
+        )
     found: list[Difference] = []
     compared = 0
     for table, keys in TABLES.items():

@@ -7,6 +7,7 @@ import random
 import pytest
 from scipy import stats
 
+from bench.errors import InputError
 from bench.regression import FLOOR, TABLES, compare, regression, tolerance
 from bench.report.cells import Cell, Row, Table, aggregate
 from bench.report.tables import TABLES as MADE
@@ -139,6 +140,12 @@ def test_nothing_to_compare_fails(tmp_path):
     assert regression(tmp_path / "nowhere", tmp_path / "fresh", "digits", write=lambda text: None) == 1
 
 
+def test_folder_is_not_compared_with_itself(committed, tmp_path):
+    (tmp_path / "link").symlink_to(committed)
+    with pytest.raises(InputError, match="the fresh report itself"):
+        compare(committed, tmp_path / "link", "digits")
+
+
 def test_tolerance_is_student_s_prediction_interval():
     assert tolerance(0.3, 4, 3, 5) == pytest.approx(stats.t.ppf(0.975, 4) * 0.3 * math.sqrt(1 / 3 + 1 / 5))
     assert tolerance(0.0, 0, 1, 1) == 0.0
@@ -191,5 +198,6 @@ def test_printed_table_and_exit_status(committed, tmp_path):
     text = "".join(lines)
     assert "FAIL" in text and "indm-vp-nll" in text and "nll_corrected" in text and "1 failure, 0 notices" in text
     lines.clear()
-    assert regression(committed, committed, "digits", write=lines.append) == 0
+    same = folder(tmp_path / "same", BEFORE)
+    assert regression(committed, same, "digits", write=lines.append) == 0
     assert lines == ["digits: 0 failures, 0 notices\n"]
