@@ -126,17 +126,3 @@ class Jacobian:
     def at(self, index: Tensor | slice) -> "Jacobian":
         """The Jacobians of the samples `index` only."""
         return Jacobian(self.weights, [None if s is None else s[index] for s in self.slopes])
-
-    def vector_columns(self) -> Tensor:
-        """J of vectors (B, D) as its columns (B, in, out), for few dimensions.
-
-        The first layer's tangents along the basis are the columns of its weight, so the slopes behind it meet the next
-        weight in one product with D versions of that weight: the tangents inside the first layer, which would fill most
-        of the memory traffic of a small flow, never exist.
-        """
-        first, second, *rest = self.weights
-        lifted = (first.t().unsqueeze(1) * second).flatten(0, 1)  # (in * hidden, hidden)
-        v = F.linear(self.slopes[1], lifted).unflatten(1, (first.shape[1], -1))
-        for weight, slope in zip(rest, self.slopes[2:], strict=True):
-            v = F.linear(v * slope.unsqueeze(1), weight)
-        return v if self.slopes[0] is None else v * self.slopes[0].unsqueeze(2)

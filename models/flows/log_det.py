@@ -66,8 +66,6 @@ class Roulette:
 def columns(jacobian: Jacobian, like: Tensor) -> Tensor:
     """J's columns (B, D, D), [b, i, o] = d g_o / d a_i of sample b; `like` (B, ...) is the point, for its shape."""
     batch, dims = len(like), like[0].numel()
-    if like.ndim == 2 and dims <= 8:
-        return jacobian.vector_columns().to(like.dtype)
     # Products with the basis, a few samples at a time and if need be a few columns at a time.
     budget = COLUMN_BUDGET.get(like.device.type, COLUMN_BUDGET["cuda"])
     width = max(slope[0].numel() for slope in jacobian.slopes if slope is not None)

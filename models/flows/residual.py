@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.flows import dense
 from models.flows.errors import FlowInverseError
 from models.flows.lipschitz import TWO_PI, Chain, constrain
 from models.flows.log_det import Roulette, columns, draw_probe, log_det_from_columns, series
@@ -63,8 +64,8 @@ class ResidualFlow(nn.Module):
     numbers of terms before the roulette, `roulette*` its distribution (see `log_det.Roulette`; the official code's is
     "poisson" with rate 2, and its probes are gaussian).
 
-    Under autocast, training follows it; evaluation and inversion run in the dtype of the weights, since rounding to 8
-    bits would break their agreement.
+    Under autocast, training on images follows it; evaluation and inversion run in the dtype of the weights, since
+    rounding to 8 bits would break their agreement.
 
     Raises ValueError on a combination that cannot be built.
     """
@@ -165,12 +166,14 @@ class ResidualFlow(nn.Module):
                 if level:
                     a = F.pixel_unshuffle(a, 2)
                 for chain in chains:
-                    change, jacobian = chain.linearise(a)
-                    if is_exact:
-                        term = columns(jacobian, a)
-                        # Small matrices wait and are done in one batch after the last block.
-                        term = log_det_from_columns(term) if dims > 2 else term
+                    if is_exact and len(self.shape) == 1 and dims <= dense.MAX_DIMS:
+                        # Such small matrices wait and are done in one batch after the last block.
+                        change, term = dense.value_and_columns(chain, a)
+                    elif is_exact:
+                        change, jacobian = chain.linearise(a)
+                        term = log_det_from_columns(columns(jacobian, a))
                     else:
+                        change, jacobian = chain.linearise(a)
                         groups = min(len(a), ROULETTE_GROUPS) if self.training else len(a)
                         depth = self.roulette.draw(len(a), groups, generator)
                         probe = draw_probe(self.probes, a, generator)
@@ -178,7 +181,7 @@ class ResidualFlow(nn.Module):
                     a = a + change
                     terms.append(term)
             total = torch.stack(terms)
-            if is_exact and dims <= 2:
+            if total.ndim == 4:
                 total = log_det_from_columns(total)
             return self._leave(a), total.sum(0)
 
@@ -242,7 +245,8 @@ class ResidualFlow(nn.Module):
 
     def _autocast(self, x: Tensor) -> torch.autocast:
         device = x.device.type
-        return torch.autocast(device, enabled=self.training and torch.is_autocast_enabled(device))
+        enabled = self.training and len(self.shape) == 3 and torch.is_autocast_enabled(device)
+        return torch.autocast(device, enabled=enabled)
 
 
 def _invert(chain: Chain, target: Tensor, tolerance: float, max_iterations: int, number: int) -> Tensor:
