@@ -82,10 +82,18 @@ def evaluate(
 
 @app.command()
 def features(suite: SuiteName) -> None:
-    """Train the feature classifiers that the suite's image-quality metrics need, if any."""
+    """Train the classifiers that a suite's image quality is judged by, if any."""
     from bench.commands import train_features
 
     train_features(suite)
+
+
+@app.command()
+def references(suite: SuiteName) -> None:
+    """Compute what needs no training: the likelihood of a Gaussian fitted to each of a suite's data sets."""
+    from bench.commands import write_references
+
+    write_references(suite)
 
 
 @app.command()
@@ -110,7 +118,7 @@ def run(
     workers: WorkersOption = None,
     settings: SetOption = None,
 ) -> None:
-    """The whole suite without DVC: features, train, evaluate, report, page. A failing run does not stop the others."""
+    """The whole suite without DVC: references, features, train, evaluate, report, page. A failing run does not stop the others."""
     from bench.commands import run_suite
 
     run_suite(suite, variant, seed, dataset, workers, settings)
@@ -156,6 +164,17 @@ def export(
     from bench.commands import export_run
 
     export_run(suite, variant, seed, dataset, out)
+
+
+@app.command()
+def regression(
+    suite: SuiteName,
+    against: Annotated[Path, typer.Option("--against", help="Folder with the tables to compare with.")],
+) -> None:
+    """Compare a suite's report with earlier tables, within tolerances from the spread over seeds; 1 if it differs."""
+    from bench.commands import check_regression
+
+    check_regression(suite, against)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from bench.config import RunConfig, Suite, load_suite, read_run, reports_root
+from bench.config import RunConfig, Suite, features_file, load_suite, read_run, reports_root
 from bench.errors import InputError
 from bench.provenance import usable_cores
 from bench.workers import Cell, default_workers, run_beside, run_here, start_server
@@ -70,16 +70,32 @@ def label(suite: Suite, run: RunConfig) -> str:
 
 
 def train_features(suite_name: str) -> None:
-    """Train the classifiers behind the suite's image-quality metrics; files already made by this recipe are kept."""
+    """Train the classifiers behind the suite's image-quality metrics; one made by the same recipe is kept."""
     from bench.data import load
     from bench.features import train_classifier
     from bench.settings import FEATURE_DIMS
 
-    suite = load_suite(suite_name)
-    for dataset in feature_datasets(suite):
-        path = suite.runs(suite.variants[0], suite.seeds[0], dataset)[0].features_file
-        accuracy = train_classifier(load(dataset), path, features=FEATURE_DIMS["classifier"])
-        print(f"{dataset}: classifier of {100 * accuracy:.1f} % test accuracy in {path}")
+    for name in feature_datasets(load_suite(suite_name)):
+        path = features_file(suite_name, name)
+        accuracy = train_classifier(load(name), path, features=FEATURE_DIMS["classifier"])
+        print(f"{name}: classifier of {100 * accuracy:.1f} % test accuracy in {path}")
+
+
+def write_references(suite_name: str) -> None:
+    """Write `references.json` of a suite's report: likelihoods of its data sets that need no training."""
+    from bench.baselines import gaussian_nll
+    from bench.data import load
+    from bench.files import write_json
+
+    references = {}
+    for name in load_suite(suite_name).datasets:
+        data = load(name)
+        nll = gaussian_nll(data)
+        if nll is not None:
+            units = "nats" if data.levels is None else "bits/dim"
+            references[name] = {"gaussian_full_covariance": {"nll": nll, "units": units}}
+            print(f"{name}: a full-covariance Gaussian reaches {nll:.4f} {units}")
+    write_json(reports_root() / suite_name / "references.json", references)
 
 
 def feature_datasets(suite: Suite) -> list[str]:
@@ -104,6 +120,18 @@ def write_report(suite_name: str | None) -> None:
     print(f"\n{(folder / 'nll_nelbo_gap.md').read_text().strip()}\n\ntables and figures: {folder}", flush=True)
 
 
+def check_regression(suite_name: str, against: Path) -> None:
+    """Compare a suite's report with committed tables; typer.Exit(1) where they differ beyond their tolerance."""
+    from bench.regression import regression
+
+    load_suite(suite_name)
+    if not against.is_dir():
+        raise InputError(f"--against {against}: no such folder; give one that holds a report of {suite_name}")
+    code = regression(against, reports_root() / suite_name, suite_name)
+    if code:
+        raise typer.Exit(code)
+
+
 def run_suite(
     suite_name: str,
     variant: str | None = None,
@@ -116,6 +144,7 @@ def run_suite(
     suite = load_suite(suite_name, settings or [])
     check_workers(workers)
     runs = suite.runs(variant, seed, dataset)
+    write_references(suite_name)
     train_features(suite_name)
     failed = work("train", suite, runs, workers)
     lost = {cell.label for cell in failed}

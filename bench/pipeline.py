@@ -1,0 +1,173 @@
+"""The DVC pipelines, written from the suites: `dvc.yaml` for those a laptop runs, a file of its own for each other.
+
+Variants do not stand in these files: matrix stages read them from the suite's YAML, so a new variant is one entry there.
+Seeds and data sets do, because DVC wants every output by name. The report depends on the whole folder of a suite's runs,
+which makes it wait for every variant.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.commands import feature_datasets
+from bench.config import Suite, features_file, load_suite, suite_files
+from bench.files import write_text_atomic
+from bench.yaml_files import dump_yaml
+
+# reproduced by a plain `dvc repro`, in this order: the first tables come from the first
+LAPTOP = ("toy2d", "digits")
+FOLDER = Path("experiments/pipelines")
+HEADER = (
+    "# Written by `indm-bench pipeline` from the suites. A new variant is an entry in its suite's file, nothing here.\n"
+)
+
+# code whose change makes a stage's results stale; the rest (messages, reports, command line) is left out on purpose
+DATA_CODE = ["bench/data.py", "bench/toy.py"]
+IMAGE_CODE = ["bench/cifar.py", "bench/image_files.py"]
+TRAIN_CODE = ["bench/likelihood.py", "bench/settings.py", "bench/train.py", "models"]
+EVALUATE_CODE = [
+    "bench/distances.py",
+    "bench/evaluate.py",
+    "bench/fidelity.py",
+    "bench/likelihood.py",
+    "bench/sampling.py",
+]
+REPORT_CODE = ["bench/report", "bench/statistics.py"]
+
+TRAINED = ["config.yaml", "learning_curve.csv", "provenance.json"]
+EVALUATED = ["likelihood.json", "per_image.npz", "robustness.csv", "samples.png", "trajectory.png"]
+TABLES = ["costs", "learning_curve", "likelihood_parts", "nll_nelbo_gap", "step_robustness"]
+PLOTS = {
+    "learning curve": ("learning_curve.csv", "images", "nelbo", "lines", "training images", "NELBO"),
+    "gap": ("gap.csv", "gap", "variant", "gaps", "NELBO - NLL", "variant"),
+    "step robustness": (
+        "step_robustness.csv",
+        "steps",
+        "distance",
+        "samplers",
+        "sampling steps",
+        "distance to the data",
+    ),
+}
+
+
+def write_pipelines() -> None:
+    """Write every pipeline file, and remove those of suites that are gone."""
+    wanted = pipelines()
+    for path, text in wanted.items():
+        write_text_atomic(path, text)
+    for path in FOLDER.glob("*/dvc.yaml"):
+        if path not in wanted:
+            path.unlink()
+
+
+def outdated() -> list[Path]:
+    """Pipeline files that are not what the suites ask for."""
+    wanted = pipelines()
+    differing = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    return differing + [path for path in FOLDER.glob("*/dvc.yaml") if path not in wanted]
+
+
+def pipelines() -> dict[Path, str]:
+    """Text of each pipeline file."""
+    known = suite_files()
+    texts = {Path("dvc.yaml"): pipeline([name for name in LAPTOP if name in known], Path("."))}
+    for name in known:
+        if name not in LAPTOP:
+            texts[FOLDER / name / "dvc.yaml"] = pipeline([name], FOLDER / name)
+    return texts
+
+
+def pipeline(names: list[str], folder: Path) -> str:
+    """Text of the pipeline file in ``folder`` (relative to the repository's root) that runs the named suites."""
+    up = "/".join([".."] * len(folder.parts))
+    prefix = f"{up}/" if up else ""
+    content: dict[str, Any] = {"vars": [f"{prefix}experiments/{name}.yaml" for name in names], "stages": {}}
+    for name in names:
+        content["stages"] |= suite_stages(load_suite(name))
+    if not up:
+        content["stages"]["index"] = {
+            "cmd": "indm-bench report --index",
+            "deps": sorted(["bench/report", *(f"reports/{name}/summary.json" for name in names)]),
+            "outs": [uncached("reports/index.html")],
+        }
+    for stage in content["stages"].values():
+        if up:
+            stage["wdir"] = up
+    content["metrics"] = [f"{prefix}reports/{name}/metrics.json" for name in names]
+    content["plots"] = [plot(name, title, prefix) for name in names for title in PLOTS]
+    return HEADER + dump_yaml(content)
+
+
+def suite_stages(suite: Suite) -> dict[str, Any]:
+    """The stages of one suite."""
+    name, file = suite.name, f"experiments/{suite.name}.yaml"
+    variant = "${item.variant}"
+    several = len(suite.datasets) > 1
+    runs = [
+        f"runs/{name}/{variant}/{seed}" + (f"/{dataset}" if several else "")
+        for seed in suite.seeds
+        for dataset in suite.datasets
+    ]
+    classifiers = [features_file(name, dataset).as_posix() for dataset in feature_datasets(suite)]
+    toys = all(dataset in ("checkerboard", "swissroll", "gaussians", "digits") for dataset in suite.datasets)
+    data = sorted(DATA_CODE if toys else DATA_CODE + IMAGE_CODE)
+    settings = [f"{name}.datasets", f"{name}.defaults", f"{name}.seeds", f"{name}.variants.{variant}"]
+    narrow = [f"{name}.datasets", f"{name}.defaults.model", f"{name}.defaults.train", f"{name}.seeds"]
+    folder = f"reports/{name}"
+    tables = [f"{folder}/{table}.{kind}" for table in TABLES for kind in ("csv", "md")]
+    features = {
+        f"features-{name}": {
+            "cmd": f"indm-bench features {name}",
+            "deps": sorted(["bench/features.py", *data]),
+            "params": [{file: [f"{name}.datasets"]}],
+            "outs": classifiers,
+        }
+    }
+    return (features if classifiers else {}) | {
+        f"references-{name}": {
+            "cmd": f"indm-bench references {name}",
+            "deps": sorted(["bench/baselines.py", *data]),
+            "params": [{file: [f"{name}.datasets"]}],
+            "outs": [uncached(f"{folder}/references.json")],
+        },
+        f"train-{name}": {
+            "matrix": {"variant": f"${{{name}.variants}}"},
+            "cmd": f"indm-bench train {name} {variant}",
+            "deps": sorted([*data, *TRAIN_CODE]),
+            "params": [{file: [*narrow, f"{name}.variants.{variant}"]}],
+            "outs": [
+                out for run in runs for out in (f"{run}/weights", *(uncached(f"{run}/{file}") for file in TRAINED))
+            ],
+        },
+        f"evaluate-{name}": {
+            "matrix": {"variant": f"${{{name}.variants}}"},
+            "cmd": f"indm-bench evaluate {name} {variant}",
+            "deps": sorted([*classifiers, *data, *EVALUATE_CODE, "models", *(f"{run}/weights" for run in runs)]),
+            "params": [{file: settings}],
+            "outs": [uncached(f"{run}/{file}") for run in runs for file in EVALUATED],
+        },
+        f"report-{name}": {
+            "cmd": f"indm-bench report {name}",
+            "deps": sorted([*REPORT_CODE, "reports/reference.csv", f"{folder}/references.json", f"runs/{name}"]),
+            "params": [{file: [f"{name}.description", f"{name}.title"]}],
+            "outs": [
+                uncached(out) for out in (*tables, f"{folder}/figures", f"{folder}/plots", f"{folder}/summary.json")
+            ]
+            + [uncached(f"{folder}/metrics.json")],
+        },
+    }
+
+
+def uncached(path: str) -> dict[str, Any]:
+    """An output that DVC watches but does not copy to its cache: small, and for reports in git."""
+    return {path: {"cache": False}}
+
+
+def plot(suite: str, title: str, prefix: str) -> dict[str, Any]:
+    """One entry of `dvc plots show`."""
+    file, x, y, template, x_label, y_label = PLOTS[title]
+    path = f"{prefix}reports/{suite}/plots/{file}"
+    axes = {"x": {path: x}, "y": {path: y}, "x_label": x_label, "y_label": y_label}
+    return {f"{suite}: {title}": {**axes, "title": f"{suite}: {title}", "template": template}}

@@ -1,0 +1,116 @@
+"""`dvc repro` with a line that says how far it is, and a report of what succeeded when something failed.
+
+Run as `python -m bench.repro [pipeline files or stages]`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+RUNNING = re.compile(r"^Running stage '(?:.*:)?([^':]+)':")
+SKIPPED = re.compile(r"^Stage '(?:.*:)?([^':]+)' (didn't change|is cached)")
+# what DVC says of itself at every stage
+CHATTER = (
+    "> ",
+    "Updating lock file",
+    "Generating lock file",
+    "To track the changes",
+    "To enable auto",
+    "Use `dvc push`",
+    "\tgit add",
+    "\tdvc config",
+)
+
+
+def stage_names(targets: Sequence[str]) -> list[str]:
+    """Names of the stages in the targets' files, without the files' names."""
+    listed = subprocess.run(
+        ["dvc", "stage", "list", "--name-only", *targets], capture_output=True, text=True, check=False
+    )
+    return [_name(line) for line in listed.stdout.split()]
+
+
+def _name(address: str) -> str:
+    return address.rpartition(":")[2]
+
+
+def clock(seconds: float) -> str:
+    """Seconds as ``2 min 05 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+class Reproduction:
+    """One reproduction: its stages, those seen so far, and the time."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names, self.seen, self.unchanged = list(names), [], 0
+        self.started = time.monotonic()
+
+    @property
+    def elapsed(self) -> str:
+        """Time since the start."""
+        return clock(time.monotonic() - self.started)
+
+    def run(self, *targets: str) -> int:
+        """`dvc repro --keep-going` of the targets, each stage headed by its number; DVC's exit code."""
+        # an unbuffered DVC keeps its lines in order with those of the stages
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        command = ["dvc", "repro", "--keep-going", *targets]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1) as process:
+            for line in process.stdout:
+                self._tell(line)
+        return process.returncode
+
+    def _tell(self, line: str) -> None:
+        running, skipped = RUNNING.match(line), SKIPPED.match(line)
+        if running:
+            self._see(running[1])
+            print(f"\n[stage {len(self.seen)} of {len(self.names)}, {self.elapsed}] {running[1]}", flush=True)
+        elif skipped:
+            self.unchanged += self._see(skipped[1])
+        elif line.strip() and not any(line.startswith(prefix) for prefix in CHATTER):
+            print(line, end="", flush=True)
+
+    def _see(self, name: str) -> bool:
+        new = name not in self.seen
+        if new:
+            self.seen.append(name)
+        return new
+
+
+def reproduce(targets: Sequence[str]) -> int:
+    """Reproduce pipeline files, `dvc.yaml` by default; reports are finished one after the other, so tables come early.
+
+    After a failure the other stages go on, and the reports that DVC then skips are written from what succeeded.
+    """
+    targets = list(targets) or ["dvc.yaml"]
+    reproduction = Reproduction(stage_names(targets))
+    early = [name for name in reproduction.names if name.startswith("report-")] if targets == ["dvc.yaml"] else []
+    failed = [target for target in (*early, *targets) if reproduction.run(target)]
+    if failed:
+        report_partially([name for name in reproduction.names if name not in reproduction.seen])
+    end, total = "failed" if failed else "done", len(reproduction.names)
+    print(
+        f"\n{end} after {reproduction.elapsed}; {reproduction.unchanged} of {total} stages were up to date", flush=True
+    )
+    return 1 if failed else 0
+
+
+def report_partially(unvisited: Sequence[str]) -> None:
+    """Write the reports that DVC skipped because something before them failed; they mark what is missing."""
+    suites = [name.removeprefix("report-") for name in unvisited if name.startswith("report-")]
+    for suite in suites:
+        print(f"\nreport of {suite} from the runs that succeeded", flush=True)
+        subprocess.run(["indm-bench", "report", suite], check=False)
+    if "index" in unvisited:
+        subprocess.run(["indm-bench", "report", "--index"], check=False)
+
+
+if __name__ == "__main__":
+    sys.exit(reproduce(sys.argv[1:]))
