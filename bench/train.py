@@ -114,10 +114,10 @@ def learning_rate(config: TrainConfig, base: float, step: int) -> float:
 
 
 def curve_steps(config: TrainConfig) -> list[int]:
-    """The steps at which the learning curve is measured: log-spaced from 2 % of the run to its end."""
+    """The steps at which the learning curve is measured: log-spaced from 4 % of the run to its end."""
     if config.curve < 2:
         return [config.steps]
-    first = max(1, round(config.steps * 0.02))
+    first = max(1, round(config.steps * 0.04))
     ratio = (config.steps / first) ** (1 / (config.curve - 1))
     return sorted({max(1, round(first * ratio**i)) for i in range(config.curve - 1)} | {config.steps})
 
