@@ -51,7 +51,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     # shared storage is refused by safetensors; clones make every tensor its own
-    save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, temporary / "state.safetensors")
+    save_file(
+        {name: value.detach().contiguous().clone() for name, value in tensors.items()}, temporary / "state.safetensors"
+    )
     with open(temporary / "state.safetensors", "rb") as stream:
         os.fsync(stream.fileno())
     write_json(temporary / "meta.json", {"step": step} | meta)
@@ -66,7 +68,9 @@ def published(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9]*") if (p / "meta.json").is_file())
 
 
-def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def load_checkpoint(
+    folder: Path, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """(tensors, meta) of the newest readable checkpoint, or None; a damaged one is passed over for the one before."""
     for path in reversed(published(folder)):
         try:

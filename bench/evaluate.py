@@ -26,7 +26,18 @@ from models.flows import FlowInverseError
 from models.integrators import IntegrationError
 
 ROBUSTNESS_COLUMNS = (
-    "sampler", "steps", "nfe", "n", "fd", "kid", "precision", "recall", "sliced_wasserstein", "energy", "seconds", "status",
+    "sampler",
+    "steps",
+    "nfe",
+    "n",
+    "fd",
+    "kid",
+    "precision",
+    "recall",
+    "sliced_wasserstein",
+    "energy",
+    "seconds",
+    "status",
 )
 CURVE_TIMES = 16
 CURVE_TOLERANCE = 1e-3
@@ -69,7 +80,12 @@ def quality(x: Tensor, run: RunConfig, data: Dataset, metrics: Sequence[str]) ->
     from bench.fidelity import image_quality
 
     measured = image_quality(
-        quantise(x, data.levels), data.train, extractor_name(run), metrics, levels=data.levels, device="cuda" if torch.cuda.is_available() else "cpu"
+        quantise(x, data.levels),
+        data.train,
+        extractor_name(run),
+        metrics,
+        levels=data.levels,
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
     if "fid" in measured:  # Inception's Frechet distance; the features' name stands in the record
         measured["fd"] = measured["fid"]
@@ -120,7 +136,11 @@ def robustness(model: Model, run: RunConfig, data: Dataset) -> tuple[list[dict[s
     for entry in run.evaluate.samplers:
         options = {k: v for k, v in entry.items() if k not in ("name", "steps")}
         for steps in entry["steps"]:
-            row = dict.fromkeys(ROBUSTNESS_COLUMNS) | {"sampler": entry["name"], "steps": steps, "n": run.evaluate.samples}
+            row = dict.fromkeys(ROBUSTNESS_COLUMNS) | {
+                "sampler": entry["name"],
+                "steps": steps,
+                "n": run.evaluate.samples,
+            }
             try:
                 x, row["nfe"], row["seconds"] = draw(
                     model, run.evaluate.samples, entry["name"], steps, run.seed, run.evaluate.batch_size, **options
@@ -138,10 +158,19 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
     """What must agree before two likelihoods or two distances may share a table."""
     settings = run.evaluate
     return {
-        "eps": model.sde.eps, "dequantiser": "uniform", "weights": "ema", "nelbo_repeats": settings.nelbo_repeats,
-        "nelbo_times": settings.nelbo_times, "rtol": settings.rtol, "atol": settings.atol, "probes": settings.probes,
-        "images": settings.images, "samples": settings.samples, "features": extractor_name(run),
-        "quantiser": "floor", "reference": "test" if len(model.shape) == 1 else "train",
+        "eps": model.sde.eps,
+        "dequantiser": "uniform",
+        "weights": "ema",
+        "nelbo_repeats": settings.nelbo_repeats,
+        "nelbo_times": settings.nelbo_times,
+        "rtol": settings.rtol,
+        "atol": settings.atol,
+        "probes": settings.probes,
+        "images": settings.images,
+        "samples": settings.samples,
+        "features": extractor_name(run),
+        "quantiser": "floor",
+        "reference": "test" if len(model.shape) == 1 else "train",
     }
 
 
@@ -161,8 +190,13 @@ def evaluate(run: RunConfig) -> None:
     model = load_model(run, device)
     data, started = load(run.dataset), time.perf_counter()
     header = {
-        "schema": 1, "suite": run.suite, "dataset": run.dataset, "variant": run.variant, "seed": run.seed,
-        "config_hash": run.hash, "protocol": protocol(run, model),
+        "schema": 1,
+        "suite": run.suite,
+        "dataset": run.dataset,
+        "variant": run.variant,
+        "seed": run.seed,
+        "config_hash": run.hash,
+        "protocol": protocol(run, model),
     }
     folder = run.folder
     try:
@@ -172,7 +206,12 @@ def evaluate(run: RunConfig) -> None:
             np.savez_compressed(temporary, **arrays)
     except (IntegrationError, NotDefined) as error:
         units = Units(data)
-        record = {"status": " ".join(str(error).split()), "units": units.name, "dims": units.dims, "levels": units.levels}
+        record = {
+            "status": " ".join(str(error).split()),
+            "units": units.name,
+            "dims": units.dims,
+            "levels": units.levels,
+        }
         record |= {"data": data.describe(), "n": 0, "nelbo": None, "nll": None, "gap": None, "truth": None}
     rows, samples = robustness(model, run, data)
     write_robustness(folder / "robustness.csv", rows)

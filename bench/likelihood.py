@@ -62,7 +62,11 @@ def nelbo_per_image(
     return [
         _batched(
             lambda rows, source: model.nelbo_parts(rows, times=times, generator=source),
-            x, batch_size, device, seed, f"nelbo {repeat}",
+            x,
+            batch_size,
+            device,
+            seed,
+            f"nelbo {repeat}",
         )
         for repeat in range(repeats)
     ]
@@ -94,7 +98,11 @@ def summary(parts: dict[str, np.ndarray], units: Units, residual: bool = True) -
     named = {name: float(units.part(parts[name].mean())) for name in names}
     if units.levels is not None:
         named[OFFSET] = units.offset
-    return {"total": float(units.total(nats.mean())), "se_images": float(units.part(_standard_error(nats))), "parts": named}
+    return {
+        "total": float(units.total(nats.mean())),
+        "se_images": float(units.part(_standard_error(nats))),
+        "parts": named,
+    }
 
 
 def measure(
@@ -122,8 +130,11 @@ def measure(
     gap: dict[str, Any] = {}
     ode = {
         "solver": "dormand-prince 5(4) in log(sigma/alpha), step control per image",
-        "rtol": settings.rtol, "atol": settings.atol, "probes": settings.probes,
-        "nfe_mean": float(right["nfe"].mean()), "nfe_max": int(right["nfe"].max()),
+        "rtol": settings.rtol,
+        "atol": settings.atol,
+        "probes": settings.probes,
+        "nfe_mean": float(right["nfe"].mean()),
+        "nfe_max": int(right["nfe"].max()),
         "tolerance_check": {"n": few, "change": change},
     }
     for name, residual, other in (("corrected", True, right), ("uncorrected", False, clean)):
@@ -131,18 +142,31 @@ def measure(
         bound[name] = summary(mean, units, residual) | {"se_repeats": _standard_error(np.array(means))}
         ode[name] = summary(other, units, residual)
         difference = total_nats(mean, residual) - total_nats(other, residual)
-        gap[name] = {"total": float(units.part(difference.mean())), "se": float(units.part(_standard_error(difference)))}
+        gap[name] = {
+            "total": float(units.part(difference.mean())),
+            "se": float(units.part(_standard_error(difference))),
+        }
     truth = None
     if data.log_prob is not None:
         exact = -data.log_prob(x).double().numpy()
         truth = {"nll": float(exact.mean()), "se_images": _standard_error(exact)}
     record = {
-        "units": units.name, "dims": units.dims, "levels": units.levels, "data": data.describe(), "n": len(x),
-        "nelbo": bound, "nll": ode, "gap": gap, "truth": truth,
+        "units": units.name,
+        "dims": units.dims,
+        "levels": units.levels,
+        "data": data.describe(),
+        "n": len(x),
+        "nelbo": bound,
+        "nll": ode,
+        "gap": gap,
+        "truth": truth,
     }
     arrays = {
-        "nelbo": total_nats(mean), "nelbo_uncorrected": total_nats(mean, False),
-        "nll": total_nats(right), "nll_uncorrected": total_nats(clean, False),
-        "nfe": right["nfe"].astype(np.int64), "index": np.arange(len(x)),
+        "nelbo": total_nats(mean),
+        "nelbo_uncorrected": total_nats(mean, False),
+        "nll": total_nats(right),
+        "nll_uncorrected": total_nats(clean, False),
+        "nfe": right["nfe"].astype(np.int64),
+        "index": np.arange(len(x)),
     }
     return record, arrays

@@ -14,7 +14,7 @@ from bench.data import Dataset, quantise
 from bench.files import atomic_path
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
+from matplotlib import pyplot as plt
 
 SIDE = 8
 ZOOM = 4

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import models
 from bench.checkpoint import (
@@ -31,6 +30,7 @@ from bench.checkpoint import (
 from bench.config import RunConfig, TrainConfig
 from bench.data import Dataset, dequantise, load
 from bench.files import read_json, write_json
+from bench.progress import Bar
 from models.base import Model
 from models.noise import StepRandom, derive_seed
 
@@ -245,8 +245,12 @@ class Trainer:
         config, points = self.config, set(curve_steps(self.config))
         # reading the loss costs a synchronisation, which only a GPU notices
         check_every = 1 if self.device.type == "cpu" else 50
-        bar = tqdm(
-            total=config.steps, initial=self.step, unit="step", disable=not self.progress, mininterval=0.5,
+        bar = Bar(
+            total=config.steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.progress,
+            mininterval=0.5,
             desc=f"{self.run.variant}/{self.run.dataset}/{self.run.seed}",
         )
         self.model.train()

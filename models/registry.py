@@ -10,7 +10,7 @@ from models.flows import Identity, ResidualFlow
 from models.indm import INDM
 from models.score.mlp import ScoreMLP
 from models.score.ncsnpp import NCSNpp
-from models.sde import SubVPSDE, VESDE, VPSDE
+from models.sde import VESDE, VPSDE, SubVPSDE
 
 COMPONENTS: dict[str, dict[str, type]] = {
     "sde": {"vp": VPSDE, "subvp": SubVPSDE, "ve": VESDE},

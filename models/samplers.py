@@ -54,7 +54,12 @@ def _batched(t: Tensor, z: Tensor) -> Tensor:
 
 
 def euler_maruyama(
-    noise: Noise, sde: LinearSDE, z: Tensor, steps: int, generator: Generator = None, end: float = 1e-5,
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    steps: int,
+    generator: Generator = None,
+    end: float = 1e-5,
     grid: Grid = "time",
 ) -> tuple[Tensor, int]:
     """Euler-Maruyama on dz = [f z - g^2 score] dt + g dw; the last step adds no noise."""
@@ -71,8 +76,15 @@ def euler_maruyama(
 
 
 def predictor_corrector(
-    noise: Noise, sde: LinearSDE, z: Tensor, steps: int, generator: Generator = None, end: float = 1e-5,
-    grid: Grid = "time", snr: Positive = 0.16, corrector_steps: int = 1,
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    steps: int,
+    generator: Generator = None,
+    end: float = 1e-5,
+    grid: Grid = "time",
+    snr: Positive = 0.16,
+    corrector_steps: int = 1,
 ) -> tuple[Tensor, int]:
     """Reverse-diffusion predictor with a Langevin corrector before it (Song et al. 2021, algorithms 2 to 5).
 
@@ -85,7 +97,7 @@ def predictor_corrector(
     times = time_grid(sde, steps, end, grid, z)
     for i in range(steps):
         t = _batched(times[i], z)
-        alpha, sigma = sde.marginal(t)
+        sigma = sde.marginal(t)[1]
         for _ in range(corrector_steps):
             score = -counted(z, t) / expand(sigma, z)
             draw = normal(z.shape, generator, z.device, z.dtype)
@@ -99,8 +111,14 @@ def predictor_corrector(
 
 
 def ddim(
-    noise: Noise, sde: LinearSDE, z: Tensor, steps: int, generator: Generator = None, end: float = 1e-5,
-    grid: Grid = "time", eta: Probability = 0.0,
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    steps: int,
+    generator: Generator = None,
+    end: float = 1e-5,
+    grid: Grid = "time",
+    eta: Probability = 0.0,
 ) -> tuple[Tensor, int]:
     """Exponential integrator with the noise prediction held over a step (Song, Meng, Ermon 2021, arXiv 2010.02502).
 
@@ -116,7 +134,7 @@ def ddim(
         if i + 1 == steps:
             return clean, counted.nfe
         alpha_next, sigma_next = sde.marginal(t_next)
-        a, v = sde.transition(t_next, t)
+        v = sde.transition(t_next, t)[1]
         fresh = eta * sigma_next / sigma * v.sqrt()
         kept = (sigma_next.square() - fresh.square()).clamp_min(0).sqrt()
         z = expand(alpha_next, z) * clean + expand(kept, z) * predicted
@@ -126,7 +144,12 @@ def ddim(
 
 
 def heun(
-    noise: Noise, sde: LinearSDE, z: Tensor, steps: int, generator: Generator = None, end: float = 1e-5,
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    steps: int,
+    generator: Generator = None,
+    end: float = 1e-5,
 ) -> tuple[Tensor, int]:
     """Heun's method for the probability-flow ODE at fixed steps in lambda, then one denoising evaluation.
 
@@ -149,8 +172,14 @@ def heun(
 
 
 def ode(
-    noise: Noise, sde: LinearSDE, z: Tensor, steps: int = 0, generator: Generator = None, end: float = 1e-5,
-    rtol: Positive = 1e-4, atol: Positive = 1e-4,
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    steps: int = 0,
+    generator: Generator = None,
+    end: float = 1e-5,
+    rtol: Positive = 1e-4,
+    atol: Positive = 1e-4,
 ) -> tuple[Tensor, float]:
     """Probability-flow ODE by the adaptive solver with per-sample steps, then one denoising evaluation.
 

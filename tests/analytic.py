@@ -3,9 +3,10 @@
 import math
 
 import torch
+from torch import nn
+
 from models.flows import Identity
 from models.indm import INDM
-from torch import nn
 
 
 class GaussianScore(nn.Module):

@@ -2,10 +2,11 @@
 
 import math
 
-import models
 import pytest
 import torch
-from models.flows import Identity, ResidualFlow
+
+import models
+from models.flows import Identity
 from models.indm import INDM
 from models.noise import IndexedGenerator, StepRandom
 from models.registry import MODELS, component

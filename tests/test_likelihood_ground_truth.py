@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from analytic import AffineFlow, gaussian_model, gaussian_nll
+
 from models.noise import IndexedGenerator
-from models.sde import SubVPSDE, VESDE, VPSDE
+from models.sde import VESDE, VPSDE, SubVPSDE
 
 SDES = {"vp": VPSDE, "subvp": SubVPSDE, "ve": VESDE}
 N, DIMS = 1000, 3
@@ -83,7 +84,10 @@ def test_a_wrong_score_raises_the_bound_by_the_predicted_integral(name, data):
     sde, c = SDES[name](), 0.2
     right = gaussian_model(sde).nelbo(data, times=64, generator=source())
     wrong = gaussian_model(sde, error=c).nelbo(data, times=64, generator=source())
-    z = 2 * float(sde.log_ratio(torch.tensor(1.0, dtype=torch.float64)) - sde.log_ratio(torch.tensor(sde.eps, dtype=torch.float64)))
+    z = 2 * float(
+        sde.log_ratio(torch.tensor(1.0, dtype=torch.float64))
+        - sde.log_ratio(torch.tensor(sde.eps, dtype=torch.float64))
+    )
     mean, error = mean_and_error(wrong - right)
     assert abs(mean - 0.5 * DIMS * c**2 * (z + 1)) < 3 * error + 1e-3 * DIMS
     assert error < 0.1 * mean

@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from models.noise import IndexedGenerator, StepRandom, derive_seed, philox
 
 WORD = 0xFFFFFFFF

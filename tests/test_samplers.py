@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from analytic import GaussianScore, gaussian_model
+
 from models.noise import IndexedGenerator
 from models.samplers import SAMPLERS, ddim, euler_maruyama, heun
 from models.score.adapter import noise_function
-from models.sde import SubVPSDE, VESDE, VPSDE
+from models.sde import VESDE, VPSDE, SubVPSDE
 
 SDES = [VPSDE(), SubVPSDE(), VESDE()]
 MEAN, STD = 0.3, 0.5
@@ -74,7 +75,8 @@ def test_euler_maruyama_has_the_law_of_its_own_recursion(sde):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "nfe"), [("euler_maruyama", 7, 7), ("predictor_corrector", 7, 14), ("ddim", 7, 7), ("heun", 7, 13)]
+    ("name", "steps", "nfe"),
+    [("euler_maruyama", 7, 7), ("predictor_corrector", 7, 14), ("ddim", 7, 7), ("heun", 7, 13)],
 )
 def test_evaluations_are_counted(name, steps, nfe):
     calls = []

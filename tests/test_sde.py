@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from models.sde import SubVPSDE, VESDE, VPSDE
+
+from models.sde import VESDE, VPSDE, SubVPSDE
 
 SDES = [VPSDE(), SubVPSDE(), VESDE(), VESDE(0.02, 8.0)]
 TIMES = torch.linspace(1e-4, 1, 57, dtype=torch.float64)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from bench.checkpoint import load_checkpoint, published
 from bench.config import load_suite
 from bench.data import load
@@ -19,8 +20,15 @@ from bench.train import Batches, Ema, Trainer, TrainingDiverged, curve_steps, le
 from models.noise import StepRandom
 
 TINY = [
-    "train.steps=60", "train.batch_size=32", "train.curve=3", "train.curve_images=16", "train.curve_samples=0",
-    "train.checkpoint_every=10", "model.score.width=16", "model.score.depth=1", "train.warmup=5",
+    "train.steps=60",
+    "train.batch_size=32",
+    "train.curve=3",
+    "train.curve_images=16",
+    "train.curve_samples=0",
+    "train.checkpoint_every=10",
+    "model.score.width=16",
+    "model.score.depth=1",
+    "train.warmup=5",
 ]
 FLOW = ["model.flow.blocks=1", "model.flow.hidden=8"]
 
@@ -111,7 +119,9 @@ def test_kill_9_then_the_same_command_ends_with_the_same_hash(folders):
         seen = max(seen, wanted)
     assert start("killed").wait(240) == 0
     assert kills >= 1
-    names = [f"{kind}/{run.folder.relative_to(folders / 'runs')}/weights/model.safetensors" for kind in ("whole", "killed")]
+    names = [
+        f"{kind}/{run.folder.relative_to(folders / 'runs')}/weights/model.safetensors" for kind in ("whole", "killed")
+    ]
     first, second = (sha256((folders / name).read_bytes()).hexdigest() for name in names)
     assert first == second
 
@@ -220,7 +230,9 @@ def test_learning_rate_and_curve_points():
 
 
 def test_learning_curve_counts_images_and_falls():
-    run = tiny_run("ddpmpp-vp", extra=["train.steps=300", "train.learning_rates.score=5.0e-3", "train.curve_images=256"])
+    run = tiny_run(
+        "ddpmpp-vp", extra=["train.steps=300", "train.learning_rates.score=5.0e-3", "train.curve_images=256"]
+    )
     train(run, progress=False)
     rows = curve(run)
     assert (rows["images"] == rows["step"] * run.train.batch_size).all()
