@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+TRAINING_MODULES = ("data", "likelihood", "toy", "train")
 PACKAGES = (
     "torch",
     "torchvision",
@@ -66,6 +69,20 @@ def code_version() -> tuple[str | None, bool | None]:
         return None, None
     changes = _git(root, *status)
     return commit, None if changes is None else bool(changes)
+
+
+@lru_cache(maxsize=1)
+def training_code() -> str:
+    """12 hex digits over the code that decides what a training step does, comments and layout left out.
+
+    A checkpoint belongs to the code that wrote it: resuming it under another would give weights that neither made.
+    """
+    root = Path(__file__).parents[1]
+    paths = sorted([*(root / "models").rglob("*.py"), *(root / "bench" / f"{name}.py" for name in TRAINING_MODULES)])
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.relative_to(root).as_posix().encode() + ast.dump(ast.parse(path.read_text())).encode())
+    return digest.hexdigest()[:12]
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from bench.config import RunConfig, TrainConfig
 from bench.data import Dataset, dequantise, load
 from bench.files import read_json, write_json
 from bench.progress import Bar
+from bench.provenance import training_code
 from models.base import Model
 from models.noise import StepRandom, derive_seed
 
@@ -178,15 +180,20 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             tensors |= optimizer_tensors(optimizer, f"optimizer.{name}")
         meta = {"seconds": self.seconds, "curve": self.curve, "ema_updates": self.ema.updates, "running": self.running}
-        save_checkpoint(self.folder, self.step, tensors, meta | {"config_hash": self.run.training_hash})
+        save_checkpoint(
+            self.folder, self.step, tensors, meta | {"config_hash": self.run.training_hash, "code": training_code()}
+        )
 
     def resume(self) -> bool:
-        """Continue from the newest readable checkpoint of this very configuration, if there is one."""
+        """Continue from the newest readable checkpoint of this very configuration and code, if there is one."""
         sweep(self.folder)
         found = load_checkpoint(self.folder, self.device)
         if found is None:
             return False
         tensors, meta = found
+        if meta.get("code") != training_code():
+            shutil.rmtree(self.folder)
+            return False
         for prefix, module in (("model.", self.model), ("ema.", self.ema.model)):
             module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
         for name, optimizer in self.optimizers.items():

@@ -93,3 +93,22 @@ def test_flops_of_a_linear_layer_forward_and_backward():
     assert provenance.count_flops(lambda: layer(torch.ones(5, 7)).sum().backward()) == 2 * (2 * 5 * 7 * 3)
     x = torch.ones(5, 7, requires_grad=True)
     assert provenance.count_flops(lambda: layer(x).sum().backward()) == 3 * (2 * 5 * 7 * 3)
+
+
+def test_training_code_ignores_comments_but_no_change_of_meaning(tmp_path, monkeypatch):
+    for name in ("models/sde.py", *(f"bench/{module}.py" for module in provenance.TRAINING_MODULES)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "bench" / "provenance.py"))
+
+    def code(text):
+        (tmp_path / "models" / "sde.py").write_text(text)
+        provenance.training_code.cache_clear()
+        return provenance.training_code()
+
+    try:
+        first = code("x = 1\n")
+        assert code("x  =  1  # one\n") == first
+        assert code("x = 2\n") != first
+    finally:
+        provenance.training_code.cache_clear()
