@@ -11,6 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from bench.config import runs_root
+from bench.files import read_json
 
 RUNNING = re.compile(r"^Running stage '(?:.*:)?([^':]+)':")
 SKIPPED = re.compile(r"^Stage '(?:.*:)?([^':]+)' (didn't change|is cached)")
@@ -50,7 +55,7 @@ class Reproduction:
 
     def __init__(self, names: Sequence[str]):
         self.names, self.seen, self.unchanged = list(names), [], 0
-        self.started = time.monotonic()
+        self.started, self.current = time.monotonic(), ""
 
     @property
     def elapsed(self) -> str:
@@ -65,11 +70,14 @@ class Reproduction:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1) as process:
             for line in process.stdout:
                 self._tell(line)
+        self._show_evaluated()
         return process.returncode
 
     def _tell(self, line: str) -> None:
         running, skipped = RUNNING.match(line), SKIPPED.match(line)
         if running:
+            self._show_evaluated()
+            self.current = running[1]
             self._see(running[1])
             print(f"\n[stage {len(self.seen)} of {len(self.names)}, {self.elapsed}] {running[1]}", flush=True)
         elif skipped:
@@ -77,11 +85,38 @@ class Reproduction:
         elif line.strip() and not any(line.startswith(prefix) for prefix in CHATTER):
             print(line, end="", flush=True)
 
+    def _show_evaluated(self) -> None:
+        """After an evaluation, its suite's likelihoods so far: a first table long before the report."""
+        stage, _, variant = self.current.partition("@")
+        if variant and stage.startswith("evaluate-"):
+            print(likelihoods(stage.removeprefix("evaluate-"), runs_root()), flush=True)
+        self.current = ""
+
     def _see(self, name: str) -> bool:
         new = name not in self.seen
         if new:
             self.seen.append(name)
         return new
+
+
+def likelihoods(suite: str, root: Path) -> str:
+    """Mean NELBO, NLL and gap over the seeds evaluated so far, a line a data set and variant."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    units = ""
+    for path in sorted((root / suite).rglob("likelihood.json")):
+        record = read_json(path)
+        if record["status"] == "ok":
+            units = record["units"]
+            pair = record["nelbo"]["corrected"]["total"], record["nll"]["corrected"]["total"]
+            found.setdefault((record["dataset"], record["variant"]), []).append(pair)
+    lines = [
+        f"\n{suite} so far ({units})",
+        f"{'data set':14}{'variant':16}{'seeds':>5}{'NELBO':>10}{'NLL':>10}{'gap':>10}",
+    ]
+    for (dataset, variant), pairs in found.items():
+        nelbo, nll = (fmean(values) for values in zip(*pairs, strict=True))
+        lines.append(f"{dataset:14}{variant:16}{len(pairs):5}{nelbo:10.4f}{nll:10.4f}{nelbo - nll:10.4f}")
+    return "\n".join(lines)
 
 
 def reproduce(targets: Sequence[str]) -> int:
