@@ -1,8 +1,12 @@
 """`pytest --benchmark` runs the performance cases of tests/benchmarks and nothing else; plain `pytest` leaves them out."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# two spinning threads beside other work are many times slower than one; set before anything imports torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BENCHMARKS = Path(__file__).parent / "tests" / "benchmarks"
 
