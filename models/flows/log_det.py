@@ -23,7 +23,7 @@ COLUMN_BUDGET = {"cpu": 2**17, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class Roulette:
-    """Distribution of the number N of random terms after the `fixed` ones, drawn for each sample on its own.
+    """Distribution of the number N of random terms after the fixed ones, and its draws.
 
     For term k the weight is 1[N >= k] / P(N >= k). With ||J^k|| ~ rho^k the second moment is of the order of
     sum_k rho^(2k) / P(N >= k), so the tail P must not fall faster than rho^(2k); at the Lipschitz bound of a block,

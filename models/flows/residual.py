@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.flows import dense
-from models.flows.errors import FlowInverseError
+from models.flows.inverse import invert
 from models.flows.lipschitz import TWO_PI, Chain, constrain
 from models.flows.log_det import Roulette, columns, draw_probe, log_det_from_columns, series
 
@@ -198,12 +198,13 @@ class ResidualFlow(nn.Module):
 
     @torch.no_grad()
     def inverse(self, z: Tensor, tolerance: float | None = None, max_iterations: int = 1000) -> Tensor:
-        """z (B, *shape) -> x with h(x) = z, by the fixed point x <- z - g(x) of each block; no gradient.
+        """z (B, *shape) -> x with h(x) = z, by an accelerated fixed point for each block; no gradient.
 
         A sample is done when its largest residual |x + g(x) - z| is at most `tolerance` * (1 + max|x|), which bounds
-        the error by 1 / (1 - Lip(g)) times that; the iteration shrinks it by at least Lip(g) each time. Default
+        the error by 1 / (1 - Lip(g)) times that and, after the acceleration, is usually far above it. Default
         tolerance: 1e-6 in float32, 1e-12 in float64; less than rounding allows (8 machine epsilons) is raised to that.
-        Samples that are done leave the work.
+
+        The map may contract by 1 - Lip(g) = 0.06 in each block: what x loses when z is rounded no inverse brings back.
 
         Raises FlowInverseError if a block has samples left after `max_iterations`, or a sample is not finite.
         """
@@ -218,7 +219,7 @@ class ResidualFlow(nn.Module):
             for level, chains in reversed(list(enumerate(self._chains()))):
                 for chain in reversed(chains):
                     number -= 1
-                    a = _invert(chain, a, tolerance, max_iterations, number)
+                    a = invert(chain, a, tolerance, max_iterations, number, self.coefficient**3)
                 if level:
                     a = F.pixel_shuffle(a, 2)
             a = F.pixel_shuffle(a, 2) if self.squeeze_first else a
@@ -247,28 +248,3 @@ class ResidualFlow(nn.Module):
         device = x.device.type
         enabled = self.training and len(self.shape) == 3 and torch.is_autocast_enabled(device)
         return torch.autocast(device, enabled=enabled)
-
-
-def _invert(chain: Chain, target: Tensor, tolerance: float, max_iterations: int, number: int) -> Tensor:
-    """Solve a + g(a) = target, (B, ...) in the angle coordinate, for block `number` (counted from the data side)."""
-    solution = target.clone()
-    left = torch.arange(len(target), device=target.device)
-    a, goal = target, target
-    for iteration in range(max_iterations):
-        following = goal - chain.value(a)
-        residual = (following - a).abs().flatten(1).amax(1)
-        going = ~(residual <= tolerance * (TWO_PI + a.abs().flatten(1).amax(1)))
-        a = following
-        if not going.all():
-            solution[left] = a
-            left, a, goal, residual = left[going], a[going], goal[going], residual[going]
-        if len(left) == 0:
-            return solution
-        if iteration % 16 == 0 and not (finite := residual.isfinite()).all():
-            raise FlowInverseError(
-                f"inverse of residual block {number}: {(~finite).sum()} of {len(target)} samples are not finite"
-            )
-    raise FlowInverseError(
-        f"inverse of residual block {number}: {len(left)} of {len(target)} samples not converged after at most "
-        f"{max_iterations} iterations: largest residual {residual.max().item() / TWO_PI:.3g}, tolerance {tolerance:.3g}"
-    )
