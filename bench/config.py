@@ -22,6 +22,7 @@ from pydantic import Field
 from bench.errors import InputError
 from bench.options import Invalid, Schema, accepted, dotted, locate, resolve_component, show, signature_schema, validate
 from bench.settings import (
+    FEATURE_DIMS,
     IMAGE_QUALITY,
     LEARNING_RATES,
     POINT_QUALITY,
@@ -117,6 +118,20 @@ class RunConfig(Schema):
                 raise Invalid(
                     ("evaluate", "quality"), f" = {show(metric)}: not defined for {kind}; {accepted(fitting)}"
                 )
+        if len(shape) > 1 and (self.evaluate.quality or self.train.curve_samples):
+            self._check_features(shape)
+
+    def _check_features(self, shape: Sequence[int]) -> None:
+        features, wanted = self.evaluate.features, "fd" in self.evaluate.quality
+        if features is None:
+            raise Invalid(("evaluate", "features"), f": missing; {accepted(FEATURE_DIMS)}")
+        if features == "inception" and shape[0] != 3:
+            raise Invalid(("evaluate", "features"), ' = "inception": needs RGB images; accepted: classifier')
+        least = f"must be at least {FEATURE_DIMS[features]}, the dimension of the {features} features"
+        if wanted and self.evaluate.samples < FEATURE_DIMS[features]:
+            raise Invalid(("evaluate", "samples"), f" = {self.evaluate.samples}: {least}")
+        if 0 < self.train.curve_samples < FEATURE_DIMS[features]:
+            raise Invalid(("train", "curve_samples"), f" = {self.train.curve_samples}: {least}, or 0")
 
 
 class Suite:
