@@ -85,6 +85,11 @@ class INDM(Model):
             log_det = log_det - x[0].numel() * torch.tensor(self.scale, dtype=torch.float64).log().to(log_det)
         return z, log_det
 
+    def latent(self, x: Tensor) -> Tensor:
+        """z_0 = h(x) alone, for those who need no log-determinant."""
+        x = x / self.scale if self.scale != 1 else x
+        return self.flow.latent(x) if hasattr(self.flow, "latent") else self.flow(x)[0]
+
     def decode(self, z: Tensor) -> Tensor:
         """x = h^{-1}(z_0). Raises FlowInverseError where the inverse does not converge."""
         return self.flow.inverse(z) * self.scale if self.scale != 1 else self.flow.inverse(z)
@@ -130,7 +135,7 @@ class INDM(Model):
     def variance_weighted_loss(self, x: Tensor, random: StepRandom) -> Loss:
         """|noise_hat - noise|^2 / (2D) at uniform time in [eps, 1], latents detached (the FID setting's score step)."""
         with torch.no_grad():
-            z0, _ = self.encode(x, random.generator("flow"))
+            z0 = self.latent(x)
         t = self.sde.eps + (1 - self.sde.eps) * self._uniforms(random, x.dtype)
         noise = random.normal("score noise", x.shape[1:], dtype=x.dtype)
         error = _squares(self.noise(self.perturb(z0, t, noise), t) - noise)
@@ -245,7 +250,7 @@ class INDM(Model):
     @torch.no_grad()
     def trajectory(self, x: Tensor, times: Sequence[float], generator: Generator = None) -> Tensor:
         """x_t = h^{-1}(z_t) along one path of the forward SDE, (len(times), B, *shape); times increase from >= 0."""
-        z0, _ = self.encode(x)
+        z0 = self.latent(x)
         path, z, earlier = [], z0, None
         for time in times:
             t = torch.full((len(x),), max(float(time), 0.0), dtype=x.dtype, device=x.device)
