@@ -69,13 +69,13 @@ def label(suite: Suite, run: RunConfig) -> str:
     return "/".join(parts)
 
 
-def train_features(suite_name: str) -> None:
-    """Train the classifiers behind the suite's image-quality metrics; one made by the same recipe is kept."""
+def train_features(suite_name: str, runs: Sequence[RunConfig] | None = None) -> None:
+    """Train the classifiers that judge the samples of the runs, of all by default; one made by the same recipe is kept."""
     from bench.data import load
     from bench.features import train_classifier
     from bench.settings import FEATURE_DIMS
 
-    for name in feature_datasets(load_suite(suite_name)):
+    for name in feature_datasets(load_suite(suite_name).runs() if runs is None else runs):
         path = features_file(suite_name, name)
         accuracy = train_classifier(load(name), path, features=FEATURE_DIMS["classifier"])
         print(f"{name}: classifier of {100 * accuracy:.1f} % test accuracy in {path}")
@@ -98,10 +98,9 @@ def write_references(suite_name: str) -> None:
     write_json(reports_root() / suite_name / "references.json", references)
 
 
-def feature_datasets(suite: Suite) -> list[str]:
-    """Data sets of the suite whose runs are judged through a classifier of their own."""
-    needed = {run.dataset for run in suite.runs(seed=suite.seeds[0]) if run.evaluate.features == "classifier"}
-    return [dataset for dataset in suite.datasets if dataset in needed]
+def feature_datasets(runs: Sequence[RunConfig]) -> list[str]:
+    """Data sets whose samples are judged through a classifier of their own, in the runs' order."""
+    return list(dict.fromkeys(run.dataset for run in runs if run.evaluate.features == "classifier"))
 
 
 def write_report(suite_name: str | None) -> None:
@@ -145,7 +144,7 @@ def run_suite(
     check_workers(workers)
     runs = suite.runs(variant, seed, dataset)
     write_references(suite_name)
-    train_features(suite_name)
+    train_features(suite_name, runs)
     failed = work("train", suite, runs, workers)
     lost = {cell.label for cell in failed}
     failed += work("evaluate", suite, [run for run in runs if label(suite, run) not in lost], workers)

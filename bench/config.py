@@ -326,8 +326,6 @@ def resolve_run(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> Run
             raise Invalid(("train", "learning_rates", group), f": unknown key; {accepted(groups)}")
     rates = {group: LEARNING_RATES.get(group, LEARNING_RATES["score"]) for group in groups}
     train = train.model_copy(update={"learning_rates": {**rates, **train.learning_rates}})
-    if train.warmup > train.steps:
-        raise Invalid(("train", "warmup"), f" = {train.warmup}: must be at most {train.steps}, the steps of training")
     samplers = [_resolve_sampler(entry, ("evaluate", "samplers", i)) for i, entry in enumerate(evaluate.samplers)]
     evaluate = evaluate.model_copy(update={"samplers": samplers})
     run = RunConfig.model_construct(**identity, model=model, train=train, evaluate=evaluate)

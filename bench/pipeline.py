@@ -110,7 +110,9 @@ def suite_stages(suite: Suite) -> dict[str, Any]:
         for seed in suite.seeds
         for dataset in suite.datasets
     ]
-    classifiers = [features_file(name, dataset).as_posix() for dataset in feature_datasets(suite)]
+    classifiers = [
+        features_file(name, dataset).as_posix() for dataset in feature_datasets(suite.runs(seed=suite.seeds[0]))
+    ]
     toys = all(dataset in ("checkerboard", "swissroll", "gaussians", "digits") for dataset in suite.datasets)
     data = sorted(DATA_CODE if toys else DATA_CODE + IMAGE_CODE)
     settings = [f"{name}.datasets", f"{name}.defaults", f"{name}.seeds", f"{name}.variants.{variant}"]

@@ -88,6 +88,8 @@ def run_beside(stage: str, cells: Sequence[Cell], workers: int) -> None:
     start_server()
     context = multiprocessing.get_context("forkserver")
     waiting, working = list(cells), {}
+    # the server keeps the environment of its start
+    roots = {name: value for name, value in os.environ.items() if name.startswith("INDM_BENCH_")}
     with tempfile.TemporaryDirectory() as folder, _bar(stage, len(cells)) as bar:
         try:
             while waiting or working:
@@ -95,7 +97,7 @@ def run_beside(stage: str, cells: Sequence[Cell], workers: int) -> None:
                     cell = waiting.pop(0)
                     ours, theirs = context.Pipe()
                     log = Path(folder) / f"{len(waiting)}.log"
-                    cell.process = context.Process(target=_work, args=(stage, cell.run, str(log), theirs))
+                    cell.process = context.Process(target=_work, args=(stage, cell.run, str(log), theirs, roots))
                     cell.process.start()
                     theirs.close()
                     working[ours] = (cell, log)
@@ -143,8 +145,9 @@ def _finish(cell: Cell, log: Path) -> None:
             cell.log = log.read_text(errors="replace")[-LOG_TAIL:]
 
 
-def _work(stage: str, run: Any, log: str, channel: Connection) -> None:
+def _work(stage: str, run: Any, log: str, channel: Connection, roots: dict[str, str]) -> None:
     """A worker's whole life."""
+    os.environ.update(roots)
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     sys.stdout.flush(), sys.stderr.flush()
     os.dup2(handle, 1), os.dup2(handle, 2)

@@ -120,7 +120,6 @@ def test_a_written_configuration_reads_back_equal(suite):
         ("train.steps=true", "--set train.steps = true: must be an integer"),
         ("train.ema=1.0", "--set train.ema = 1.0: must be less than 1"),
         ("train.clip=.inf", "--set train.clip = Infinity: must be a finite number"),
-        ("train.warmup=101", "--set train.warmup = 101: must be at most 100, the steps of training"),
         ("train=3", "--set train = 3: must be a mapping"),
         ("train.batch_size=1501", "--set train.batch_size = 1501: must be at most 1500, the training images of digits"),
         ("evaluate.images=298", "--set evaluate.images = 298: must be at most 297, the test images of digits"),
