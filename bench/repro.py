@@ -126,8 +126,12 @@ def reproduce(targets: Sequence[str]) -> int:
     """
     targets = list(targets) or ["dvc.yaml"]
     reproduction = Reproduction(stage_names(targets))
-    early = [name for name in reproduction.names if name.startswith("report-")] if targets == ["dvc.yaml"] else []
-    failed = [target for target in (*early, *targets) if reproduction.run(target)]
+    if targets == ["dvc.yaml"]:
+        targets = [name for name in reproduction.names if name.startswith("report-")]
+    failed = [target for target in targets if reproduction.run(target)]
+    # the page depends on every report; asked for after a failure, DVC would try the failed stages a second time
+    if not failed and "index" in reproduction.names:
+        failed = ["index"] if reproduction.run("index") else []
     if failed:
         report_partially([name for name in reproduction.names if name not in reproduction.seen])
     end, total = "failed" if failed else "done", len(reproduction.names)

@@ -1,0 +1,186 @@
+"""The smoke suite, made smaller, from end to end through DVC in a copy of the project."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import repro
+from bench.yaml_files import dump_yaml, read_yaml
+
+ROOT = Path(__file__).parents[1]
+PIPELINE = "experiments/pipelines/smoke/dvc.yaml"
+VARIANTS = ["ddpmpp-vp", "indm-vp-fid"]
+FILES = ["config.yaml", "learning_curve.csv", "likelihood.json", "per_image.npz", "provenance.json", "robustness.csv"]
+PICTURES = ["samples.png", "trajectory.png"]
+
+pytestmark = pytest.mark.slow
+
+
+class Project:
+    """A copy of the project in a git repository of its own, with a smoke suite of one seed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+        for name in listed.decode().split("\0"):
+            if name and not name.startswith(("reports/smoke/", "tests/")) and (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        self.edit(self._shrink)
+        # the console script of this environment, running this copy's code
+        script = folder / "bin" / "indm-bench"
+        script.parent.mkdir()
+        script.write_text(f'#!{shutil.which("bash")}\nexec "{sys.executable}" -m bench.cli "$@"\n')
+        script.chmod(0o755)
+        paths = [str(script.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+        own = ("INDM_BENCH", "PYTEST", "GIT_")
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+        self.environment |= {"PATH": os.pathsep.join(paths), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        self("indm-bench", "pipeline")
+        self("git", "init", "-q")
+        self("git", "add", "-A")
+        identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+        self("git", *identity, "commit", "-q", "-m", "copy")
+
+    def __call__(self, *command, check=True):
+        """Run a command in the copy; what it printed."""
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0 or not check, done.stdout + done.stderr
+        return done.stdout
+
+    def edit(self, change):
+        """Change the smoke suite's file."""
+        path = self.folder / "experiments" / "smoke.yaml"
+        suite = read_yaml(path)
+        change(suite["smoke"])
+        path.write_text(dump_yaml(suite))
+
+    @staticmethod
+    def _shrink(suite):
+        suite["seeds"] = [0]
+        suite["variants"] = {name: suite["variants"][name] for name in VARIANTS}
+
+    def repro(self):
+        """Reproduce the smoke suite: (exit code, what was printed)."""
+        command = [sys.executable, "-m", "bench.repro", PIPELINE]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def table(self, name):
+        """Rows of a table of the report."""
+        with open(self.folder / "reports" / "smoke" / f"{name}.csv") as stream:
+            return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The project after one reproduction of its smoke suite."""
+    made = Project(tmp_path_factory.mktemp("project"))
+    made.code, made.said = made.repro()
+    assert made.code == 0, made.said
+    return made
+
+
+def test_every_stage_ran_and_said_so(project):
+    headings = re.findall(r"^\[stage (\d+) of (\d+), [^\]]+\] (\S+)", project.said, flags=re.M)
+    expected = {"references-smoke", "features-smoke", "report-smoke"}
+    expected |= {f"{stage}-smoke@{variant}" for stage in ("train", "evaluate") for variant in VARIANTS}
+    assert {name for _, _, name in headings} == expected
+    assert [int(number) for number, _, _ in headings] == list(range(1, len(expected) + 1))
+    assert "# Likelihood: NELBO, NLL and their gap" in project.said
+
+
+@pytest.mark.parametrize("dataset", ["checkerboard", "digits"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_leaves_exactly_its_files(project, variant, dataset):
+    folder = project.folder / "runs" / "smoke" / variant / "0" / dataset
+    assert {path.name for path in folder.iterdir()} == {*FILES, *PICTURES, "weights"}
+    assert [path.name for path in (folder / "weights").iterdir()] == ["model.safetensors"]
+    record = json.loads((folder / "likelihood.json").read_text())
+    assert record["status"] == "ok" and record["seed"] == 0 and record["variant"] == variant
+    for name in ("nelbo", "nll"):
+        for kind in ("corrected", "uncorrected"):
+            part = record[name][kind]
+            assert math.isfinite(part["total"]) and sum(part["parts"].values()) == pytest.approx(
+                part["total"], abs=1e-5
+            )
+    with open(folder / "robustness.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows and all(row["status"] == "ok" for row in rows)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert len(provenance["commit"]) == 40 and provenance["dirty"] is False
+    assert str(project.folder) not in json.dumps(provenance)
+
+
+def test_tables_hold_every_variant_and_the_references(project):
+    found = {(row["dataset"], row["variant"]) for row in project.table("nll_nelbo_gap")}
+    assert {(dataset, variant) for dataset in ("checkerboard", "digits") for variant in VARIANTS} <= found
+    assert {("checkerboard", "exact density"), ("digits", "Gaussian, full covariance")} <= found
+
+
+def test_metrics_and_plots_are_shown_by_dvc(project, tmp_path):
+    shown = json.loads(project("dvc", "metrics", "show", "--json", "reports/smoke/metrics.json"))
+    scalars = shown[""]["data"]["reports/smoke/metrics.json"]["data"]
+    assert math.isfinite(scalars["digits"]["ddpmpp-vp"]["nelbo_corrected"])
+    project("dvc", "plots", "show", "--out", str(tmp_path / "plots"), check=False)
+    page = (tmp_path / "plots" / "index.html").read_text()
+    for title in ("learning curve", "gap", "step robustness"):
+        assert f"smoke: {title}" in page
+    assert "DVC_METRIC" not in page
+
+
+def test_a_second_reproduction_does_nothing_within_ten_seconds(project):
+    before = {path: path.stat().st_mtime_ns for path in (project.folder / "runs").rglob("*") if path.is_file()}
+    started = time.monotonic()
+    code, said = project.repro()
+    assert code == 0 and "7 of 7 stages were up to date" in said
+    assert time.monotonic() - started < 10
+    assert before == {path: path.stat().st_mtime_ns for path in (project.folder / "runs").rglob("*") if path.is_file()}
+
+
+def changed_stages(project):
+    """Stages that DVC would run again."""
+    status = json.loads(project("dvc", "status", "--json", PIPELINE))
+    return {address.rpartition(":")[2] for address in status}
+
+
+def test_a_changed_variant_is_the_only_one_to_run_again(project):
+    assert changed_stages(project) == set()
+    saved = (project.folder / "experiments" / "smoke.yaml").read_text()
+    try:
+        project.edit(lambda suite: suite["variants"]["ddpmpp-vp"].update(train={"clip": 2.0}))
+        assert changed_stages(project) == {"train-smoke@ddpmpp-vp", "evaluate-smoke@ddpmpp-vp"}
+        (project.folder / "experiments" / "smoke.yaml").write_text(saved)
+        project.edit(lambda suite: suite["defaults"]["evaluate"].update(nelbo_times=5))
+        assert changed_stages(project) == {f"evaluate-smoke@{variant}" for variant in VARIANTS}
+    finally:
+        (project.folder / "experiments" / "smoke.yaml").write_text(saved)
+
+
+def test_a_failing_variant_loses_no_other_and_the_report_marks_it(project):
+    """A new variant is one entry of the suite's file: no pipeline file changes. This one cannot but diverge."""
+    hopeless = {"train": {"learning_rates": {"score": 1e30}, "clip": None}}
+    project.edit(lambda suite: suite["variants"].update(hopeless=hopeless))
+    code, said = project.repro()
+    assert code == 1 and "not finite" in said and "report of smoke from the runs that succeeded" in said
+    rows = {(row["dataset"], row["variant"]): row for row in project.table("nll_nelbo_gap")}
+    assert rows["digits", "ddpmpp-vp"]["nelbo_corrected_mean"]
+    assert not rows["digits", "hopeless"]["nelbo_corrected_mean"]
+    assert "hopeless" in (project.folder / "reports" / "smoke" / "nll_nelbo_gap.md").read_text()
+
+
+def test_clock():
+    assert [repro.clock(seconds) for seconds in (0.4, 59.4, 59.6, 125)] == ["0 s", "59 s", "1 min 00 s", "2 min 05 s"]
