@@ -32,7 +32,7 @@ from bench.config import RunConfig, TrainConfig
 from bench.data import Dataset, dequantise, load
 from bench.files import read_json, write_json
 from bench.progress import Bar
-from bench.provenance import training_code
+from bench.provenance import count_flops, training_code
 from models.base import Model
 from models.noise import StepRandom, derive_seed
 
@@ -337,12 +337,7 @@ def parameter_counts(model: Model) -> dict[str, int]:
 
 def flops_per_step(trainer: Trainer) -> int:
     """Floating-point operations of one optimiser step, counted on a copy so that the trained state is not touched."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = copy.deepcopy(trainer.model)
     random = StepRandom(0, 0, trainer.config.batch_size, trainer.rows, trainer.device)
     x = trainer.batches(0, random)
-    with FlopCounterMode(display=False) as counter:
-        for phase in model.phases():
-            phase.loss(x, random)[0].backward()
-    return int(counter.get_total_flops())
+    return count_flops(lambda: [phase.loss(x, random)[0].backward() for phase in model.phases()])
