@@ -147,6 +147,7 @@ class Trainer:
             raise ValueError(f"train.batch_size = {size}: must be divisible by the number of processes, {processes}")
         self.rows = (rank * (size // processes), size // processes)
         self.data = load(run.dataset)
+        run.check_data(self.data.shape, None if self.data.draw else len(self.data.train), len(self.data.test))
         self.batches = Batches(self.data, self.config, run.seed, self.device)
         self.model = build_model(run, self.data).to(self.device)
         self.ema = Ema(self.model, self.config.ema)
