@@ -30,11 +30,15 @@ from bench.checkpoint import (
 )
 from bench.config import RunConfig, TrainConfig
 from bench.data import Dataset, dequantise, load
+from bench.errors import InputError
 from bench.files import read_json, write_json
 from bench.progress import Bar
 from bench.provenance import count_flops, training_code
 from models.base import Model
 from models.noise import StepRandom, derive_seed
+
+
+DEFAULT_LEARNING_RATE = 2e-4
 
 
 class TrainingDiverged(RuntimeError):
@@ -144,7 +148,7 @@ class Trainer:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.config.batch_size
         if size % processes:
-            raise ValueError(f"train.batch_size = {size}: must be divisible by the number of processes, {processes}")
+            raise InputError(f"train.batch_size = {size}: must be divisible by the number of processes, {processes}")
         self.rows = (rank * (size // processes), size // processes)
         self.data = load(run.dataset)
         run.check_data(self.data.shape, None if self.data.draw else len(self.data.train), len(self.data.test))
@@ -157,7 +161,7 @@ class Trainer:
         self.optimizers = {
             name: torch.optim.AdamW(
                 params,
-                lr=self.config.learning_rates[name],
+                lr=self.base_rate(name),
                 betas=tuple(self.config.betas),
                 weight_decay=self.config.weight_decay,
                 fused=True,
@@ -169,6 +173,10 @@ class Trainer:
         self.prepared = dict(zip(self.optimizers, prepared, strict=True))
         self.folder = checkpoint_root() / run.training_hash
         self.step, self.seconds, self.curve, self.running = 0, 0.0, [], []
+
+    def base_rate(self, group: str) -> float:
+        """The learning rate of a parameter group, the published 2e-4 where the suite names none."""
+        return self.config.learning_rates.get(group, DEFAULT_LEARNING_RATE)
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -225,7 +233,7 @@ class Trainer:
                 if config.clip:
                     self.accelerator.clip_grad_norm_(self.groups[name], config.clip)
                 for group in self.optimizers[name].param_groups:
-                    group["lr"] = learning_rate(config, config.learning_rates[name], self.step)
+                    group["lr"] = learning_rate(config, self.base_rate(name), self.step)
                 self.prepared[name].step()
         self.ema.update()
         self.step += 1
