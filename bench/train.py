@@ -34,11 +34,9 @@ from bench.errors import InputError
 from bench.files import read_json, write_json
 from bench.progress import Bar
 from bench.provenance import count_flops, training_code
+from bench.settings import LEARNING_RATES
 from models.base import Model
 from models.noise import StepRandom, derive_seed
-
-
-DEFAULT_LEARNING_RATE = 2e-4
 
 
 class TrainingDiverged(RuntimeError):
@@ -175,8 +173,8 @@ class Trainer:
         self.step, self.seconds, self.curve, self.running = 0, 0.0, [], []
 
     def base_rate(self, group: str) -> float:
-        """The learning rate of a parameter group, the published 2e-4 where the suite names none."""
-        return self.config.learning_rates.get(group, DEFAULT_LEARNING_RATE)
+        """The learning rate of a parameter group, the published 2e-4 of the score where the suite names none."""
+        return self.config.learning_rates.get(group, LEARNING_RATES["score"])
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
