@@ -6,17 +6,22 @@ stage whose outputs DVC deleted resumes where it was, and a changed configuratio
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.errors import InputError
 from bench.files import read_json, write_json
 
 KEEP = 2
@@ -89,7 +94,38 @@ def sweep(folder: Path) -> None:
 def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write ``folder/model.safetensors`` with the configuration in its metadata, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".model.{os.getpid()}.safetensors"
+    # outside the folder, which DVC takes as it is: a kill must not leave half a file in it
+    temporary = folder.parent / f".weights.{os.getpid()}.safetensors"
     clones = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     save_file(clones, temporary, metadata={"config": json.dumps(config, sort_keys=True)})
+    with open(temporary, "rb") as stream:
+        os.fsync(stream.fileno())
     os.replace(temporary, folder / "model.safetensors")
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
+    """Hold a run's checkpoint folder against a second process; InputError if another one is training that run.
+
+    The lock is the operating system's: it goes with the process, however that ends. ``wanted``: only the main process
+    of several takes it.
+    """
+    if not wanted:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"{folder.name}: another process is training this run; accepted: wait for it to end"
+        ) from error
+    with lock:
+        yield

@@ -36,14 +36,16 @@ from bench.yaml_files import dump_yaml, parse_yaml, read_yaml
 SECTIONS = ("model", "train", "evaluate")
 # (shape, train, test) of the data sets whose size is a constant; None: endless, or known only once the files are read
 FACTS: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
-    "checkerboard": ((2,), None, None),
-    "swissroll": ((2,), None, None),
-    "gaussians": ((2,), None, None),
+    "checkerboard": ((2,), None, 5000),
+    "swissroll": ((2,), None, 5000),
+    "gaussians": ((2,), None, 5000),
     "digits": ((1, 8, 8), 1500, 297),
     "cifar10": ((3, 32, 32), None, None),
     "cifar10-16": ((3, 16, 16), None, None),
     "cifar10-jpeg": ((3, 32, 32), None, None),
 }
+# settings of the evaluation that the learning curve uses, and so the training
+CURVE_SETTINGS = ("batch_size", "features", "probes")
 # folder of the feature classifiers, beside those of the variants
 FEATURES = "features"
 # what a sampler is given by the model; its other parameters are options
@@ -98,7 +100,9 @@ class RunConfig(Schema):
     @cached_property
     def training_hash(self) -> str:
         """As ``hash`` without the evaluation's settings: checkpoints stay good when only those change."""
-        return _digest({key: value for key, value in self.resolved().items() if key != "evaluate"})
+        content = self.resolved()
+        measured = content.pop("evaluate")
+        return _digest(content | {"curve": {key: measured[key] for key in CURVE_SETTINGS}})
 
     def check_data(self, shape: Sequence[int], train: int | None = None, test: int | None = None) -> None:
         """Refuse settings that do not fit the data; ``train`` and ``test`` are numbers of items, None for endless data.
@@ -111,6 +115,10 @@ class RunConfig(Schema):
         if test is not None and (self.evaluate.images or 0) > test:
             problem = f" = {self.evaluate.images}: must be at most {test}, the test images of {self.dataset}"
             raise Invalid(("evaluate", "images"), problem)
+        compared = test if "sliced_wasserstein" in self.evaluate.quality else None
+        if compared is not None and self.evaluate.samples > compared:
+            problem = f" = {self.evaluate.samples}: must be at most {compared}, the test points of {self.dataset}"
+            raise Invalid(("evaluate", "samples"), problem)
         fitting = POINT_QUALITY if len(shape) == 1 else IMAGE_QUALITY
         for metric in self.evaluate.quality:
             if metric not in fitting:
@@ -145,6 +153,7 @@ class Suite:
         self.seeds = list(content.seeds)
         self.datasets = list(content.datasets)
         self.variants = list(content.variants)
+        self.defaults = content.defaults
         self._content = content
         self._overrides = overrides
 
@@ -326,6 +335,10 @@ def resolve_run(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> Run
             raise Invalid(("train", "learning_rates", group), f": unknown key; {accepted(groups)}")
     rates = {group: LEARNING_RATES.get(group, LEARNING_RATES["score"]) for group in groups}
     train = train.model_copy(update={"learning_rates": {**rates, **train.learning_rates}})
+    names = [entry.get("name") for entry in evaluate.samplers]
+    for i, name in enumerate(names):
+        if name in names[:i]:  # rows are told apart by the sampler's name
+            raise Invalid(("evaluate", "samplers", i, "name"), f" = {show(name)}: given twice; accepted: once")
     samplers = [_resolve_sampler(entry, ("evaluate", "samplers", i)) for i, entry in enumerate(evaluate.samplers)]
     evaluate = evaluate.model_copy(update={"samplers": samplers})
     run = RunConfig.model_construct(**identity, model=model, train=train, evaluate=evaluate)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import models
+from bench.checkpoint import file_hash
 from bench.config import RunConfig
 from bench.data import Dataset, load, quantise
 from bench.distances import energy_distance, sliced_wasserstein
@@ -70,6 +71,8 @@ def quality(x: Tensor, run: RunConfig, data: Dataset, metrics: Sequence[str]) ->
     """
     if not bool(torch.isfinite(x).all()):
         return {"status": f"{int((~torch.isfinite(x)).flatten(1).any(1).sum())} of {len(x)} samples not finite"}
+    if not metrics:
+        return {"status": "ok"}
     if data.levels is None:
         measured: dict[str, Any] = {"status": "ok"}
         if "sliced_wasserstein" in metrics:
@@ -176,10 +179,11 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
 
 def is_evaluated(run: RunConfig) -> bool:
     """Whether the run's folder holds the evaluation of exactly this configuration and these weights."""
-    record = run.folder / "likelihood.json"
-    if not record.is_file():
-        return False
-    return read_json(record).get("config_hash") == run.hash
+    try:
+        record, trained = (read_json(run.folder / name) for name in ("likelihood.json", "provenance.json"))
+        return record["config_hash"] == run.hash and record["weights_sha256"] == trained["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # missing or damaged: not done
 
 
 def evaluate(run: RunConfig) -> None:
@@ -196,9 +200,11 @@ def evaluate(run: RunConfig) -> None:
         "variant": run.variant,
         "seed": run.seed,
         "config_hash": run.hash,
+        "weights_sha256": file_hash(run.folder / "weights" / "model.safetensors"),
         "protocol": protocol(run, model),
     }
     folder = run.folder
+    (folder / "likelihood.json").unlink(missing_ok=True)  # written last: until then nothing is finished
     try:
         record, arrays = measure(model, data, run.evaluate, run.seed, device)
         record = {"status": "ok"} | record
@@ -232,7 +238,7 @@ def pictures(model: Model, run: RunConfig, data: Dataset, samples: dict[str, Ten
 
     x = next((s for s in samples.values() if bool(torch.isfinite(s).all())), None)
     draw_samples(folder / "samples.png", x, data)
-    few = 8 if data.levels is not None else 2000
+    few = min(8 if data.levels is not None else 2000, len(data.test))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     times = [0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0]
     try:

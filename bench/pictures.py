@@ -65,7 +65,7 @@ def draw_samples(path: Path, x: Tensor | None, data: Dataset) -> None:
     if x is None:
         return _message(path, "no finite samples")
     if data.levels is not None:
-        return _save_image(path, _grid(quantise(x[: SIDE * SIDE], data.levels), data.levels, SIDE))
+        return _save_image(path, _grid(quantise(x[: SIDE * SIDE], data.levels), data.levels, min(SIDE, len(x))))
     figure, axes = plt.subplots(1, 2, figsize=(4, 2.2), layout="constrained")
     _histogram(axes[0], x, data, "model")
     _histogram(axes[1], data.test[: len(x)], data, "data")

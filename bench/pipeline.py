@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.commands import feature_datasets
-from bench.config import Suite, features_file, load_suite, suite_files
+from bench.config import CURVE_SETTINGS, Suite, features_file, load_suite, suite_files
 from bench.files import write_text_atomic
 from bench.yaml_files import dump_yaml
 
@@ -117,6 +117,10 @@ def suite_stages(suite: Suite) -> dict[str, Any]:
     data = sorted(DATA_CODE if toys else DATA_CODE + IMAGE_CODE)
     settings = [f"{name}.datasets", f"{name}.defaults", f"{name}.seeds", f"{name}.variants.{variant}"]
     narrow = [f"{name}.datasets", f"{name}.defaults.model", f"{name}.defaults.train", f"{name}.seeds"]
+    # the learning curve's sample quality needs the classifiers, and some settings of the evaluation
+    curved = any(run.train.curve_samples for run in suite.runs(seed=suite.seeds[0]))
+    given = suite.defaults.get("evaluate") or {}
+    measured = [f"{name}.defaults.evaluate.{key}" for key in CURVE_SETTINGS if key in given]
     folder = f"reports/{name}"
     tables = [f"{folder}/{table}.{kind}" for table in TABLES for kind in ("csv", "md")]
     features = {
@@ -137,8 +141,8 @@ def suite_stages(suite: Suite) -> dict[str, Any]:
         f"train-{name}": {
             "matrix": {"variant": f"${{{name}.variants}}"},
             "cmd": f"indm-bench train {name} {variant}",
-            "deps": sorted([*data, *TRAIN_CODE]),
-            "params": [{file: [*narrow, f"{name}.variants.{variant}"]}],
+            "deps": sorted({*data, *TRAIN_CODE, *(classifiers if curved else [])}),
+            "params": [{file: [*narrow, *measured, f"{name}.variants.{variant}"]}],
             "outs": [
                 out for run in runs for out in (f"{run}/weights", *(uncached(f"{run}/{file}") for file in TRAINED))
             ],

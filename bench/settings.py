@@ -43,7 +43,7 @@ class TrainConfig(Schema):
     clip: Positive | None = 1.0
     weight_decay: NonNegative = 0.0
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     schedule: Literal["constant", "cosine"] = "constant"
     curve: Natural = 8
     curve_images: Count = 256
@@ -78,7 +78,6 @@ class EvaluateConfig(Schema):
     rtol: Positive = 1e-5
     atol: Positive = 1e-5
     probes: Literal["exact"] | Count = "exact"
-    residual_images: Natural | None = None
     samplers: list[dict] = Field(default_factory=list)
     samples: Count = 1024
     quality: list[Metric] = Field(default_factory=list)

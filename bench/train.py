@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import models
 from bench.checkpoint import (
     checkpoint_root,
+    exclusive,
+    file_hash,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -28,13 +31,12 @@ from bench.checkpoint import (
     save_weights,
     sweep,
 )
-from bench.config import RunConfig, TrainConfig
+from bench.config import RunConfig, TrainConfig, check_buildable
 from bench.data import Dataset, dequantise, load
 from bench.errors import InputError
 from bench.files import read_json, write_json
 from bench.progress import Bar
 from bench.provenance import count_flops, training_code
-from bench.settings import LEARNING_RATES
 from models.base import Model
 from models.noise import StepRandom, derive_seed
 
@@ -49,7 +51,7 @@ class _Step(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         self.model = model
-        self.phase_losses = [phase.loss for phase in model.phases()]
+        self.phase_losses = [phase.loss_fn for phase in model.phases()]
 
     def forward(self, phase: int, x: Tensor, random: StepRandom):
         return self.phase_losses[phase](x, random)
@@ -138,18 +140,24 @@ class Trainer:
 
     def __init__(self, run: RunConfig, progress: bool = True):
         self.run, self.config, self.progress = run, run.train, progress
+        # a process trains several runs one after the other; their precisions may differ
+        AcceleratorState._reset_state()
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
         self.accelerator = Accelerator(
             mixed_precision=self.config.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers
         )
         self.device = self.accelerator.device
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if processes != int(os.environ.get("WORLD_SIZE", 1)):
+            raise RuntimeError(f"{processes} processes joined where WORLD_SIZE is {os.environ['WORLD_SIZE']}")
         size = self.config.batch_size
         if size % processes:
             raise InputError(f"train.batch_size = {size}: must be divisible by the number of processes, {processes}")
         self.rows = (rank * (size // processes), size // processes)
         self.data = load(run.dataset)
         run.check_data(self.data.shape, None if self.data.draw else len(self.data.train), len(self.data.test))
+        check_buildable(run.model, self.data.shape)
+        check_features(run)
         self.batches = Batches(self.data, self.config, run.seed, self.device)
         self.model = build_model(run, self.data).to(self.device)
         self.ema = Ema(self.model, self.config.ema)
@@ -159,7 +167,7 @@ class Trainer:
         self.optimizers = {
             name: torch.optim.AdamW(
                 params,
-                lr=self.base_rate(name),
+                lr=self.config.learning_rates[name],
                 betas=tuple(self.config.betas),
                 weight_decay=self.config.weight_decay,
                 fused=True,
@@ -171,10 +179,6 @@ class Trainer:
         self.prepared = dict(zip(self.optimizers, prepared, strict=True))
         self.folder = checkpoint_root() / run.training_hash
         self.step, self.seconds, self.curve, self.running = 0, 0.0, [], []
-
-    def base_rate(self, group: str) -> float:
-        """The learning rate of a parameter group, the published 2e-4 of the score where the suite names none."""
-        return self.config.learning_rates.get(group, LEARNING_RATES["score"])
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -199,7 +203,6 @@ class Trainer:
             return False
         tensors, meta = found
         if meta.get("code") != training_code():
-            shutil.rmtree(self.folder)
             return False
         for prefix, module in (("model.", self.model), ("ema.", self.ema.model)):
             module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
@@ -228,22 +231,23 @@ class Trainer:
             result[f"{phase.name}.loss"] = result["loss"] = loss.detach()
             self.accelerator.backward(loss)
             for name in phase.parameters:
-                if config.clip:
-                    self.accelerator.clip_grad_norm_(self.groups[name], config.clip)
+                # the norm is wanted without clipping too: it shows a gradient that is not finite
+                norm = self.accelerator.clip_grad_norm_(self.groups[name], config.clip or math.inf)
+                result[f"{phase.name}.gradient norm of {name}"] = norm
                 for group in self.optimizers[name].param_groups:
-                    group["lr"] = learning_rate(config, self.base_rate(name), self.step)
+                    group["lr"] = learning_rate(config, config.learning_rates[name], self.step)
                 self.prepared[name].step()
         self.ema.update()
         self.step += 1
         return result
 
     def check(self, terms: dict[str, Tensor]) -> float:
-        """The loss as a number; raises TrainingDiverged, before any checkpoint is written, if it is not finite."""
-        loss = float(terms["loss"])
-        if not math.isfinite(loss):
-            shown = ", ".join(f"{name} = {float(value):.4g}" for name, value in terms.items())
-            raise TrainingDiverged(f"loss is not finite at step {self.step}: {shown}")
-        return loss
+        """The loss as a number; raises TrainingDiverged, before any checkpoint is written, if a term is not finite."""
+        values = torch.stack([value.float() for value in terms.values()]).tolist()
+        if not all(map(math.isfinite, values)):
+            shown = ", ".join(f"{name} = {value:.4g}" for name, value in zip(terms, values, strict=True))
+            raise TrainingDiverged(f"loss or gradient is not finite at step {self.step}: {shown}")
+        return values[list(terms).index("loss")]
 
     def measure(self, train_loss: float) -> None:
         """Add a row to the learning curve, measured with the averaged weights."""
@@ -287,10 +291,12 @@ class Trainer:
 
 def is_trained(run: RunConfig) -> bool:
     """Whether the run's folder already holds the finished training of exactly this configuration."""
-    record = run.folder / "provenance.json"
-    if not record.is_file() or not (run.folder / "weights" / "model.safetensors").is_file():
-        return False
-    return read_json(record).get("config_hash") == run.training_hash
+    weights = run.folder / "weights" / "model.safetensors"
+    try:
+        record = read_json(run.folder / "provenance.json")
+        return record["config_hash"] == run.training_hash and record["weights_sha256"] == file_hash(weights)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # missing or damaged: not finished
 
 
 def train(run: RunConfig, progress: bool = True) -> None:
@@ -299,11 +305,18 @@ def train(run: RunConfig, progress: bool = True) -> None:
     Finished work is left as it is. A killed run continues from its last checkpoint. Raises TrainingDiverged (and
     leaves failure.json beside the results) when the loss stops being finite.
     """
+    failure = run.folder / "failure.json"
     if is_trained(run):
+        failure.unlink(missing_ok=True)  # of another configuration that was tried here
         return
     trainer = Trainer(run, progress)
+    with exclusive(trainer.folder, trainer.accelerator.is_main_process):
+        _train(trainer, failure)
+
+
+def _train(trainer: Trainer, failure: Path) -> None:
+    run = trainer.run
     trainer.resume()
-    failure = run.folder / "failure.json"
     try:
         trainer.train()
     except TrainingDiverged as error:
@@ -313,6 +326,13 @@ def train(run: RunConfig, progress: bool = True) -> None:
     failure.unlink(missing_ok=True)
     if trainer.accelerator.is_main_process:
         _write_results(trainer, run.folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_features(run: RunConfig) -> None:
+    """Refuse a run whose learning curve needs a feature classifier that is not there, before its first step."""
+    if run.train.curve_samples and run.evaluate.features == "classifier" and not run.features_file.is_file():
+        raise InputError(f"{run.features_file}: not found; accepted: run `indm-bench features {run.suite}` first")
 
 
 def _write_results(trainer: Trainer, folder: Path) -> None:
@@ -322,14 +342,19 @@ def _write_results(trainer: Trainer, folder: Path) -> None:
     from bench.files import write_text_atomic
     from bench.provenance import record
 
+    flops = flops_per_step(trainer)
+    # from here to the last line the folder holds no finished run, whatever was in it before
+    for finished in ("provenance.json", "likelihood.json"):
+        (folder / finished).unlink(missing_ok=True)
     write_text_atomic(folder / "config.yaml", dump_config(trainer.run))
     write_text_atomic(folder / "learning_curve.csv", pd.DataFrame(trainer.curve).to_csv(index=False))
     save_weights(folder / "weights", trainer.ema.model.state_dict(), trainer.run.resolved())
     costs: dict[str, Any] = {
         "config_hash": trainer.run.training_hash,
+        "weights_sha256": file_hash(folder / "weights" / "model.safetensors"),
         "train_seconds": trainer.seconds,
         "parameters": parameter_counts(trainer.model),
-        "flops_per_step": flops_per_step(trainer),
+        "flops_per_step": flops,
         "images_seen": trainer.step * trainer.config.batch_size,
         "steps": trainer.step,
     }
@@ -347,4 +372,4 @@ def flops_per_step(trainer: Trainer) -> int:
     model = copy.deepcopy(trainer.model)
     random = StepRandom(0, 0, trainer.config.batch_size, trainer.rows, trainer.device)
     x = trainer.batches(0, random)
-    return count_flops(lambda: [phase.loss(x, random)[0].backward() for phase in model.phases()])
+    return count_flops(lambda: [phase.loss_fn(x, random)[0].backward() for phase in model.phases()])

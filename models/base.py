@@ -18,13 +18,13 @@ class Phase:
     """One optimiser step of a variant: the loop says how, the phase says what.
 
     ``parameters``: named groups, each with its own learning rate and gradient clipping ("score", "flow").
-    ``loss``: (x of shape (B, ...), StepRandom) -> (scalar to minimise, named terms (scalars, nats/dim) for the record).
+    ``loss_fn``: (x of shape (B, ...), StepRandom) -> (scalar to minimise, named terms (scalars, nats/dim) for the record).
     ``every``: the phase runs at steps divisible by it.
     """
 
     name: str
     parameters: dict[str, list[nn.Parameter]]
-    loss: Callable[[Tensor, StepRandom], Loss]
+    loss_fn: Callable[[Tensor, StepRandom], Loss]
     every: int = 1
 
 

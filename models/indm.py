@@ -6,6 +6,7 @@ no second code path.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,6 +50,8 @@ class INDM(Model):
         self.setting, self.scale, self.time_sampling = setting, scale, time_sampling
         self.shape = tuple(shape or ())
         self.nfe: float | None = None
+        # the contract of a flow is forward(x); one whose log-determinant is an estimate takes a generator too
+        self._random_flow = "generator" in inspect.signature(self.flow.forward).parameters
 
     @classmethod
     def from_options(
@@ -78,9 +81,10 @@ class INDM(Model):
 
     # Data space <-> latent space -----------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, generator: Generator = None) -> tuple[Tensor, Tensor]:
         """(z_0, log|det dz_0/dx| in nats (B,)); ``generator`` feeds the log-determinant's stochastic estimate."""
-        z, log_det = self.flow(x / self.scale if self.scale != 1 else x, generator=generator)
+        options = {"generator": generator} if self._random_flow else {}
+        z, log_det = self.flow(x / self.scale if self.scale != 1 else x, **options)
         if self.scale != 1:
             log_det = log_det - x[0].numel() * torch.tensor(self.scale, dtype=torch.float64).log().to(log_det)
         return z, log_det
@@ -121,12 +125,12 @@ class INDM(Model):
         Time is importance-sampled, so the score term is Z/2 |noise_hat - noise|^2. The prior term is its expectation.
         """
         z0, log_det = self.encode(x, random.generator("flow"))
-        t, z = self.sde.importance_time(self._uniforms(random, x.dtype))
+        t, normaliser = self.sde.importance_time(self._uniforms(random, x.dtype))
         noise = random.normal("noise", x.shape[1:], dtype=x.dtype)
         dims = x[0].numel()
         error = _squares(self.noise(self.perturb(z0, t, noise), t) - noise)
         terms = {
-            "score": (0.5 * z * error).mean() / dims,
+            "score": (0.5 * normaliser * error).mean() / dims,
             "flow": -log_det.mean() / dims,
             "prior": self.sde.prior_cross_entropy(z0).mean() / dims,
         }
@@ -151,7 +155,7 @@ class INDM(Model):
         ``times`` noise levels an image, spread evenly in lambda with one random shift each. The known mean of a
         control variate, w (|noise|^2 - D) with w what N(0, I) latents would make optimal, is subtracted.
         """
-        z0, log_det = self.encode(x)
+        z0, log_det = self.encode(x, generator)
         dims = x[0].numel()
         low, high = self.sde.log_ratio_range(x)
         shift = uniform((len(x), 1), generator, x.device, x.dtype)
@@ -201,7 +205,7 @@ class INDM(Model):
         ``corrected``: start at z_eps and add the residual ("after correction"); otherwise start at the clean z_0 at
         time eps, as score_sde does ("before correction"). ``probes``: Rademacher probes a trajectory, or "exact".
         """
-        z0, log_det = self.encode(x)
+        z0, log_det = self.encode(x, generator)
         dims = x[0].numel()
         vectors = probes if probes == "exact" else hutchinson_probes(probes, x.shape, generator, x.device, x.dtype)
         start, residual = self._truncate(z0, generator) if corrected else (z0, torch.zeros_like(log_det))
@@ -240,6 +244,8 @@ class INDM(Model):
         """n samples (n, *shape). ``self.nfe`` then holds the network evaluations a sample cost."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler = {sampler!r}: accepted are {', '.join(SAMPLERS)}")
+        if not self.shape:
+            raise ValueError("shape: missing; accepted: INDM(..., shape=(C, H, W)), the shape of one sample")
         like = next(self.parameters(), torch.zeros(()))
         z = self.sde.sample_prior((n, *self.shape), generator, like.device, like.dtype)
         z0, self.nfe = SAMPLERS[sampler](

@@ -2,20 +2,21 @@
 
 ``sampler(noise, sde, z, steps, generator, end, **options) -> (z_0, nfe)``: ``noise(z, t)`` predicts the noise in
 z_t, ``z`` (B, ...) is a draw of the prior at t = 1, ``end`` the smallest time (the truncation), ``nfe`` the network
-evaluations of one sample, counted by the wrapper that the sampler calls. All end in a noise-free estimate of z_0.
+evaluations of one sample, counted by the wrapper that the sampler calls. The last step of each adds no noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from models.integrators import dormand_prince, flow_field, state_scale
 from models.noise import Generator, normal
-from models.options import Positive, Probability
+from models.options import Fraction, Positive, Probability
 from models.sde import LinearSDE, expand
 
 Noise = Callable[[Tensor, Tensor], Tensor]
@@ -59,7 +60,7 @@ def euler_maruyama(
     z: Tensor,
     steps: int,
     generator: Generator = None,
-    end: float = 1e-5,
+    end: Fraction = 1e-5,
     grid: Grid = "time",
 ) -> tuple[Tensor, int]:
     """Euler-Maruyama on dz = [f z - g^2 score] dt + g dw; the last step adds no noise."""
@@ -81,10 +82,10 @@ def predictor_corrector(
     z: Tensor,
     steps: int,
     generator: Generator = None,
-    end: float = 1e-5,
+    end: Fraction = 1e-5,
     grid: Grid = "time",
     snr: Positive = 0.16,
-    corrector_steps: int = 1,
+    corrector_steps: Annotated[int, Field(ge=0)] = 1,
 ) -> tuple[Tensor, int]:
     """Reverse-diffusion predictor with a Langevin corrector before it (Song et al. 2021, algorithms 2 to 5).
 
@@ -116,7 +117,7 @@ def ddim(
     z: Tensor,
     steps: int,
     generator: Generator = None,
-    end: float = 1e-5,
+    end: Fraction = 1e-5,
     grid: Grid = "time",
     eta: Probability = 0.0,
 ) -> tuple[Tensor, int]:
@@ -149,7 +150,7 @@ def heun(
     z: Tensor,
     steps: int,
     generator: Generator = None,
-    end: float = 1e-5,
+    end: Fraction = 1e-5,
 ) -> tuple[Tensor, int]:
     """Heun's method for the probability-flow ODE at fixed steps in lambda, then one denoising evaluation.
 
@@ -177,7 +178,7 @@ def ode(
     z: Tensor,
     steps: int = 0,
     generator: Generator = None,
-    end: float = 1e-5,
+    end: Fraction = 1e-5,
     rtol: Positive = 1e-4,
     atol: Positive = 1e-4,
 ) -> tuple[Tensor, float]:

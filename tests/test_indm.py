@@ -84,7 +84,7 @@ def test_phases_of_the_two_settings():
 
 def test_fid_score_phase_leaves_the_flow_alone():
     model = build(FLOW, setting="fid")
-    loss, _ = model.phases()[1].loss(torch.randn(16, 2), StepRandom(0, 0, 16))
+    loss, _ = model.phases()[1].loss_fn(torch.randn(16, 2), StepRandom(0, 0, 16))
     loss.backward()
     assert all(p.grad is None for p in model.flow.parameters())
     assert all(p.grad is not None for p in model.score.parameters())
@@ -145,7 +145,7 @@ def test_every_model_honours_the_contract(name):
     assert model.sample(3, steps=2, sampler="ddim").shape == (3, 2)
     assert model.trajectory(x, [0.0, 1.0]).shape == (2, 5, 2)
     for phase in model.phases():
-        loss, terms = phase.loss(x, StepRandom(0, 0, 5))
+        loss, terms = phase.loss_fn(x, StepRandom(0, 0, 5))
         assert loss.ndim == 0 and all(v.ndim == 0 for v in terms.values())
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.flows.lipschitz import Jacobian
+from models.noise import Generator, IndexedGenerator
 
 # Elements of the largest tensor while columns of J are computed: what a CPU's cache or a GPU's memory holds with ease.
 COLUMN_BUDGET = {"cpu": 2**17, "cuda": 2**26}
@@ -39,15 +40,18 @@ class Roulette:
     stay: float = 0.9
     rate: float = 2.0
 
-    def draw(self, count: int, groups: int, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, count: int, groups: int, generator: Generator = None) -> Tensor:
         """Lengths N for `count` samples, int64 (count,) on the CPU, one for each of `groups` runs of samples.
 
         The runs' uniform numbers are one draw shifted by equal steps around [0, 1): each N has exactly its
         distribution, while the work of a call, which is the number of terms in all, hardly varies.
         """
-        device = "cpu" if generator is None else generator.device
-        start = torch.rand((), generator=generator, dtype=torch.float64, device=device).cpu()
-        uniform = ((start + torch.arange(groups, dtype=torch.float64) / groups) % 1.0).clamp_min(1e-12)
+        if isinstance(generator, IndexedGenerator):  # each sample's own, whatever batch it is in
+            uniform, groups = generator.uniform((count,), dtype=torch.float64).cpu().clamp_min(1e-12), count
+        else:
+            device = "cpu" if generator is None else generator.device
+            start = torch.rand((), generator=generator, dtype=torch.float64, device=device).cpu()
+            uniform = ((start + torch.arange(groups, dtype=torch.float64) / groups) % 1.0).clamp_min(1e-12)
         lengths, k = torch.zeros(groups, dtype=torch.int64), 1
         while (longer := uniform < self.survival(k)).any():
             lengths, k = lengths + longer, k + 1
@@ -136,8 +140,11 @@ def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulett
     return value + (surrogate - surrogate.detach())
 
 
-def draw_probe(kind: str, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_probe(kind: str, like: Tensor, generator: Generator = None) -> Tensor:
     """Hutchinson probe of `like`'s shape, dtype and device: "rademacher" or "gaussian"."""
+    if isinstance(generator, IndexedGenerator):
+        own = generator.normal if kind == "gaussian" else generator.rademacher
+        return own(like.shape, like.device, like.dtype)
     device = like.device if generator is None else generator.device
     if kind == "gaussian":
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
