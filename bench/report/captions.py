@@ -117,7 +117,15 @@ def _quality(runs: list[Run]) -> str:
     else:
         network = f"features of {features}" if features else "features"
         what = f"Fréchet distance (FD) and KID of {network} to {against}, not comparable with a published FID"
-    return f"{what}, n = {n} samples a cell. NFE counts network evaluations a sample."
+    words = f"{what}, n = {n} samples a cell. NFE counts network evaluations a sample."
+    exploding = any(((run.config.get("model") or {}).get("sde") or {}).get("name") == "ve" for run in runs)
+    if exploding and any(line.get("sampler") == "euler_maruyama" for run in runs for line in run.robustness):
+        # d sigma^2 = 2 ln(sigma_max / sigma_min) sigma^2 dt: one explicit step must not remove more than is there
+        words += (
+            " Euler–Maruyama on a variance-exploding process overshoots, whatever the model, when it has fewer steps "
+            "than about 2 ln(sigma_max / sigma_min), 15 to 17 here: such cells show the sampler's limit."
+        )
+    return words
 
 
 def _costs() -> str:
