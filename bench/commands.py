@@ -12,9 +12,7 @@ import typer
 from bench.config import RunConfig, Suite, features_file, load_suite, read_run, reports_root
 from bench.errors import InputError
 from bench.provenance import usable_cores
-from bench.workers import Cell, default_workers, run_beside, run_here, start_server
-
-MANY_CORES = 2
+from bench.workers import Cell, ask_server, default_workers, run_beside, run_here
 
 
 def run_stage(
@@ -29,12 +27,21 @@ def run_stage(
     """Train or evaluate the chosen runs. Bad input in any of them stops all before any work; typer.Exit(1) on failure."""
     suite = load_suite(suite_name, settings or [])
     check_workers(workers)
-    if workers != 1 and usable_cores() >= MANY_CORES:
-        start_server()  # imports while this process checks the configuration, which imports the same
-    runs = suite.runs(variant, seed, dataset)
+    side_by_side = workers != 1 and usable_cores() > 1 and suite.count(variant, seed, dataset) > 1
+    arguments = (suite, variant, seed, dataset)
+    runs, device_for_one = ask_server(stage, resolve, *arguments) if side_by_side else resolve(*arguments)
+    if workers is None and device_for_one:
+        workers = 1
     failed = work(stage, suite, runs, workers)
     if failed:
         raise typer.Exit(2 if all(cell.bad_input for cell in failed) else 1)
+
+
+def resolve(suite: Suite, variant: str | None, seed: int | None, dataset: str | None) -> tuple[list[RunConfig], bool]:
+    """The validated runs, and whether they share a device on which only one of them has room."""
+    import torch
+
+    return suite.runs(variant, seed, dataset), torch.cuda.is_available()
 
 
 def check_workers(workers: int | None) -> None:
@@ -45,11 +52,9 @@ def check_workers(workers: int | None) -> None:
 
 def work(stage: str, suite: Suite, runs: Sequence[RunConfig], workers: int | None) -> list[Cell]:
     """Do the runs' stage, tell of each failure on stderr, and return the failed cells."""
-    import torch
-
     cells = [Cell(label(suite, run), run) for run in runs]
     if workers is None:
-        workers = 1 if torch.cuda.is_available() else default_workers(len(cells), usable_cores())
+        workers = default_workers(len(cells), usable_cores())
     if min(workers, len(cells)) == 1:
         run_here(stage, cells)
     else:
@@ -142,7 +147,9 @@ def run_suite(
     """All stages of a suite in process. The report is written from what succeeded; typer.Exit(1) if anything failed."""
     suite = load_suite(suite_name, settings or [])
     check_workers(workers)
-    runs = suite.runs(variant, seed, dataset)
+    runs, device_for_one = resolve(suite, variant, seed, dataset)
+    if workers is None and device_for_one:
+        workers = 1
     write_references(suite_name)
     train_features(suite_name, runs)
     failed = work("train", suite, runs, workers)

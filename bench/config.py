@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from bench.errors import InputError
+from bench.layers import SECTIONS, merge_all, parse_overrides
 from bench.options import Invalid, Schema, accepted, dotted, locate, resolve_component, show, signature_schema, validate
 from bench.settings import (
     FEATURE_DIMS,
@@ -31,9 +32,8 @@ from bench.settings import (
     SamplerConfig,
     TrainConfig,
 )
-from bench.yaml_files import dump_yaml, parse_yaml, read_yaml
+from bench.yaml_files import dump_yaml, read_yaml
 
-SECTIONS = ("model", "train", "evaluate")
 # (shape, train, test) of the data sets whose size is a constant; None: endless, or known only once the files are read
 FACTS: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
     "checkerboard": ((2,), None, 5000),
@@ -169,6 +169,11 @@ class Suite:
             for run in [self._resolve(name, data) for data in datasets]
         ]
 
+    def count(self, variant: str | None = None, seed: int | None = None, dataset: str | None = None) -> int:
+        """The number of those runs, names checked and nothing else; imports no model."""
+        chosen = (("variant", variant, self.variants), ("dataset", dataset, self.datasets), ("seed", seed, self.seeds))
+        return math.prod(len(self._choose(*choice)) for choice in chosen)
+
     def _choose(self, kind: str, value: Any, known: list) -> list:
         if value is None:
             return known
@@ -285,40 +290,6 @@ def read_run(folder: Path) -> RunConfig:
     except Invalid as error:
         raise InputError(f"{path}: {dotted(error.path)}{error.problem}") from error
     return run.model_copy(update={"subfolder": folder.name == run.dataset})
-
-
-def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
-    """``["train.steps=100"]`` -> ``{"train": {"steps": 100}}``; values are YAML. Raises InputError."""
-    merged: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(re.fullmatch(r"[A-Za-z0-9_-]+", part) for part in parts):
-            raise InputError(f"--set {text}: must be key=value with a dotted key, for example train.steps=100")
-        if parts[0] not in SECTIONS:
-            raise InputError(f"--set {text}: unknown key {parts[0]!r}; {accepted(f'{name}.*' for name in SECTIONS)}")
-        layer = parse_yaml(value, f"--set {text}")
-        for part in reversed(parts):
-            layer = {part: layer}
-        merged = merge(merged, layer)
-    return merged
-
-
-def merge(under: Any, over: Any) -> Any:
-    """Deep merge of mappings; anything else, and a component whose ``name`` changes, is replaced as a whole."""
-    if not isinstance(under, Mapping) or not isinstance(over, Mapping):
-        return over
-    if "name" in over and over["name"] != under.get("name", over["name"]):
-        return dict(over)
-    return {**under, **{key: merge(under.get(key), value) for key, value in over.items()}}
-
-
-def merge_all(layers: Any) -> dict[str, Any]:
-    """Later layers win."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = merge(merged, layer)
-    return merged
 
 
 def resolve_run(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> RunConfig:

@@ -23,7 +23,11 @@ from tqdm import tqdm
 
 from bench.errors import InputError
 
-STAGES = ("train", "evaluate")
+# what a stage's runs import, so that the server does it once for all
+PRELOAD = {
+    "train": ["models.registry", "bench.train", "bench.evaluate", "pandas"],
+    "evaluate": ["models.registry", "bench.evaluate", "bench.pictures", "bench.features", "bench.fidelity", "pandas"],
+}
 LOG_TAIL = 4000
 
 
@@ -56,15 +60,50 @@ def default_workers(cells: int, cores: int) -> int:
     return max(1, min(cells, -(-cells // max(1, cells // cores))))
 
 
-def start_server() -> None:
-    """Begin importing the heavy packages in the fork server, while this process does other things."""
+def start_server(stage: str) -> None:
+    """Begin importing the stage's heavy packages in the fork server, while this process does other things."""
     from multiprocessing import forkserver
 
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.train", "bench.evaluate"])
+    context.set_forkserver_preload(PRELOAD[stage])
     forkserver.ensure_running()
+
+
+def ask_server(stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process forked from the server, so that this one need not import the same packages.
+
+    An InputError raised there is raised here.
+    """
+    start_server(stage)
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_answer, args=(function, arguments, theirs, _roots()))
+    process.start()
+    theirs.close()
+    try:
+        kind, value = ours.recv()
+    except EOFError:
+        raise RuntimeError("the process that checks the configuration ended without a word") from None
+    finally:
+        process.join()
+    if kind == "input":
+        raise InputError(value)
+    return value
+
+
+def _answer(function: Callable[..., Any], arguments: Sequence[Any], channel: Connection, roots: dict[str, str]) -> None:
+    os.environ.update(roots)
+    try:
+        channel.send(("done", function(*arguments)))
+    except InputError as error:
+        channel.send(("input", one_line(error)))
+
+
+def _roots() -> dict[str, str]:
+    """Where results go. The server keeps the environment of its start, so its children are told."""
+    return {name: value for name, value in os.environ.items() if name.startswith("INDM_BENCH_")}
 
 
 def run_here(stage: str, cells: Sequence[Cell]) -> None:
@@ -85,11 +124,9 @@ def run_here(stage: str, cells: Sequence[Cell]) -> None:
 
 def run_beside(stage: str, cells: Sequence[Cell], workers: int) -> None:
     """Run the cells in ``workers`` processes at a time, under one progress line."""
-    start_server()
+    start_server(stage)
     context = multiprocessing.get_context("forkserver")
     waiting, working = list(cells), {}
-    # the server keeps the environment of its start
-    roots = {name: value for name, value in os.environ.items() if name.startswith("INDM_BENCH_")}
     with tempfile.TemporaryDirectory() as folder, _bar(stage, len(cells)) as bar:
         try:
             while waiting or working:
@@ -97,7 +134,7 @@ def run_beside(stage: str, cells: Sequence[Cell], workers: int) -> None:
                     cell = waiting.pop(0)
                     ours, theirs = context.Pipe()
                     log = Path(folder) / f"{len(waiting)}.log"
-                    cell.process = context.Process(target=_work, args=(stage, cell.run, str(log), theirs, roots))
+                    cell.process = context.Process(target=_work, args=(stage, cell.run, str(log), theirs, _roots()))
                     cell.process.start()
                     theirs.close()
                     working[ours] = (cell, log)

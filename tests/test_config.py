@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import config
-from bench.config import load_suite, merge, parse_overrides
+from bench.config import load_suite
 from bench.errors import InputError
+from bench.layers import merge, parse_overrides
 from bench.options import Invalid, resolve_component, signature_schema, validate
 from bench.settings import TrainConfig
 from bench.yaml_files import dump_yaml, parse_yaml
