@@ -1,6 +1,5 @@
 # make repro   install, then reproduce the toy2d and digits suites; make test   install, then run the fast tests
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
+SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help repro test bench lint lock setup clean-runs
 
@@ -40,7 +39,7 @@ clean-runs:  ## remove results and checkpoints of the runs (reports stay)
 
 # uv installs much faster than pip; where it cannot reach the registry that pip is set up for, pip does it
 $(STAMP):
-	@python=$$(command -v python3.11 || command -v python3 || true); \
+	@set -eu; python=$$(command -v python3.11 || command -v python3 || true); \
 	if [ -z "$$python" ] || ! "$$python" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' 2>/dev/null; then \
 	  echo "Python 3.11 or newer is needed: no python3.11, and python3 is $$("$${python:-python3}" --version 2>&1 || true)" >&2; exit 2; fi; \
 	[ -x $(PYTHON) ] || "$$python" -m venv $(VENV); \
