@@ -165,3 +165,39 @@ def test_unknown_names_are_refused():
         component("sde", {"name": "vpp"})
     with pytest.raises(ValueError, match="model.name = 'indn': accepted are indm"):
         models.build({"name": "indn", "shape": [2]})
+
+
+def test_stochastic_log_determinants_belong_to_the_image_not_to_the_batch():
+    """The series' probe and length of image i are its own: 3 and 4 images equal 7, and a second call the first."""
+    model = build(FLOW | {"log_det": "series", "terms_eval": 2}).eval()
+    with torch.no_grad():
+        for parameter in model.flow.parameters():
+            parameter.mul_(3)
+    x = torch.randn(7, 2)
+
+    def flow_part(rows):
+        return model.nelbo_parts(x[rows], 1, IndexedGenerator(0, "x", torch.arange(7)[rows]))["flow"]
+
+    whole = flow_part(slice(0, 7))
+    assert torch.equal(whole, flow_part(slice(0, 7)))
+    assert torch.allclose(whole, torch.cat([flow_part(slice(0, 3)), flow_part(slice(3, 7))]), atol=1e-6)
+
+
+def test_a_flow_needs_no_more_than_its_contract():
+    """forward(x) -> (z, log_det) and inverse(z): a generator is passed only to a flow that takes one."""
+
+    class Shift(torch.nn.Module):
+        def forward(self, x):
+            return x + 1, x.new_zeros(len(x))
+
+        def inverse(self, z):
+            return z - 1
+
+    plain = build()
+    model = INDM(plain.sde, plain.score, Shift(), shape=(2,))
+    x = torch.randn(6, 2)
+    source = IndexedGenerator(0, "x", torch.arange(6))
+    other = IndexedGenerator(0, "x", torch.arange(6))
+    assert torch.allclose(model.nelbo(x - 1, 2, source), plain.nelbo(x, 2, other), atol=1e-4)
+    with pytest.raises(ValueError, match="shape: missing"):
+        INDM(plain.sde, plain.score).sample(2)

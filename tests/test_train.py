@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench.checkpoint import load_checkpoint, published
+from bench.checkpoint import exclusive, load_checkpoint, published
 from bench.config import load_suite
 from bench.data import load
-from bench.train import Batches, Ema, Trainer, TrainingDiverged, curve_steps, learning_rate, train
+from bench.errors import InputError
+from bench.train import Batches, Ema, Trainer, TrainingDiverged, curve_steps, is_trained, learning_rate, train
 from models.noise import StepRandom
 
 TINY = [
@@ -249,3 +250,58 @@ def test_provenance_counts_the_parameters():
     assert record["parameters"]["score"] == sum(p.numel() for p in model.score.parameters() if p.requires_grad)
     assert record["images_seen"] == 60 * 32
     assert record["flops_per_step"] > 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too():
+    """A finite loss can have an infinite gradient: the weights it would give must never reach a checkpoint."""
+    run = tiny_run()
+    trainer = Trainer(run, progress=False)
+    loss = trainer.step_module.phase_losses[0]
+    weight = next(trainer.model.flow.parameters())
+
+    def poisoned(x, random):
+        value, terms = loss(x, random)
+        # sqrt(0) is 0 with an infinite slope
+        return (value + (0 * weight.sum()).sqrt(), terms) if random.step == 34 else (value, terms)
+
+    trainer.step_module.phase_losses[0] = poisoned
+    with pytest.raises(TrainingDiverged, match="gradient norm of flow = nan"):
+        trainer.train()
+    tensors, meta = load_checkpoint(trainer.folder)
+    assert meta["step"] == 30
+    assert all(torch.isfinite(v).all() for v in tensors.values())
+
+
+def test_results_that_do_not_belong_together_are_not_finished():
+    """Weights of another run, or half a record, beside a good one: the run is trained again, not believed."""
+    run = tiny_run()
+    train(run, progress=False)
+    expected = weights_hash(run)
+    weights = run.folder / "weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    assert not is_trained(run)
+    train(run, progress=False)
+    assert is_trained(run) and weights_hash(run) == expected
+    record = run.folder / "provenance.json"
+    record.write_text(record.read_text()[:100])
+    assert not is_trained(run)
+
+
+def test_a_second_process_on_the_same_run_is_refused():
+    run = tiny_run()
+    trainer = Trainer(run, progress=False)
+    with exclusive(trainer.folder), pytest.raises(InputError, match="another process is training this run"):
+        train(run, progress=False)
+    train(run, progress=False)
+    assert is_trained(run)
+
+
+def test_a_failure_of_another_configuration_does_not_condemn_a_finished_run():
+    run = tiny_run()
+    train(run, progress=False)
+    broken = tiny_run(extra=["train.learning_rates.score=1.0e+30", "train.clip=null", "train.schedule=constant"])
+    with pytest.raises(TrainingDiverged):
+        train(broken, progress=False)
+    assert (run.folder / "failure.json").exists()
+    train(run, progress=False)
+    assert not (run.folder / "failure.json").exists()
