@@ -39,7 +39,7 @@ def trainer_for(tmp_path, monkeypatch):
     monkeypatch.setenv("INDM_BENCH_CHECKPOINTS", str(tmp_path / "checkpoints"))
 
     def build(variant):
-        return Trainer(load_suite("digits").runs(variant, 0)[0], progress=False)
+        return Trainer(load_suite("digits", ["train.curve_samples=0"]).runs(variant, 0)[0], progress=False)
 
     return build
 
