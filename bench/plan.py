@@ -58,7 +58,10 @@ def measure(run: RunConfig) -> Cost:
     from bench.sampling import draw
     from bench.train import Trainer
 
-    trainer = Trainer(run, progress=False)
+    # only its steps are taken, so the learning curve's classifier need not be there
+    trainer = Trainer(
+        run.model_copy(update={"train": run.train.model_copy(update={"curve_samples": 0})}), progress=False
+    )
     data, settings, device = trainer.data, run.evaluate, trainer.device
     trainer.model.train()
     step = timed(lambda: float(trainer.train_step()["loss"]))

@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from bench import cli, workers
-from bench.config import load_suite, read_run
+from bench import cli, plan, workers
+from bench.config import Suite, load_suite, read_run
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
@@ -130,6 +130,19 @@ def test_train_sample_export(capsys, project):
     assert (exported / "model.safetensors").read_bytes() == (folder / "weights" / "model.safetensors").read_bytes()
     code, _, err = indm_bench(capsys, "export", *arguments, "--out", str(exported))
     assert code == 2 and "not empty" in err
+
+
+def test_plan_measures_every_cell_and_needs_nothing_prepared(capsys, project, monkeypatch):
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0.0)
+    suite = load_suite("digits")
+    (run,) = suite.runs("indm-vp-nll", seed=0)
+    monkeypatch.setattr(Suite, "runs", lambda self, seed: [run])
+    assert run.train.curve_samples > 0 and not run.features_file.exists()
+    code, out, _ = indm_bench(capsys, "plan", "digits")
+    assert code == 0 and f"{run.train.steps * run.train.batch_size:,}" in out
+    cost = plan.measure(run)
+    assert 0 < cost.train < 1e5 and 0 < cost.evaluate < 1e5
+    assert not list(project.rglob("*"))
 
 
 def test_references_beat_nothing_but_are_exact(capsys, project):
