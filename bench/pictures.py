@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.data import Dataset, quantise
@@ -18,14 +19,18 @@ from matplotlib import pyplot as plt
 
 SIDE = 8
 ZOOM = 4
+GAP = 1  # pixels between images
+GAP_SHADE = 64
 
 
 def _grid(images: Tensor, levels: int, columns: int) -> np.ndarray:
-    """uint8 (n, C, H, W) with values below ``levels`` -> one (rows H, columns W, 3) picture."""
+    """uint8 (n, C, H, W) with values below ``levels`` -> one (rows (H + gap), columns (W + gap), 3) picture."""
     n, channels, height, width = images.shape
     rows = n // columns
-    tiles = images[: rows * columns].reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    picture = tiles.reshape(rows * height, columns * width, channels).float().mul(255 / (levels - 1)).byte().numpy()
+    grey = images[: rows * columns].float().mul(255 / (levels - 1)).byte()
+    # a dim line between tiles: small images that touch are read as one
+    tiles = F.pad(grey, (0, GAP, 0, GAP), value=GAP_SHADE).reshape(rows, columns, channels, height + GAP, width + GAP)
+    picture = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (height + GAP), columns * (width + GAP), channels).numpy()
     return np.repeat(picture, 3, axis=2) if channels == 1 else picture
 
 
