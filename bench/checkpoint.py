@@ -25,6 +25,7 @@ from bench.errors import InputError
 from bench.files import read_json, write_json
 
 KEEP = 2
+RAW_WEIGHTS = "raw.safetensors"  # of the last step, beside the averaged ones
 
 
 def checkpoint_root() -> Path:
@@ -91,8 +92,10 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write ``folder/model.safetensors`` with the configuration in its metadata, atomically."""
+def save_weights(
+    folder: Path, state: dict[str, Tensor], config: dict[str, Any], name: str = "model.safetensors"
+) -> None:
+    """Write ``folder``/``name`` with the configuration in its metadata, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     # outside the folder, which DVC takes as it is: a kill must not leave half a file in it
     temporary = folder.parent / f".weights.{os.getpid()}.safetensors"
@@ -100,7 +103,7 @@ def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, Any])
     save_file(clones, temporary, metadata={"config": json.dumps(config, sort_keys=True)})
     with open(temporary, "rb") as stream:
         os.fsync(stream.fileno())
-    os.replace(temporary, folder / "model.safetensors")
+    os.replace(temporary, folder / name)
 
 
 def file_hash(path: Path) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import models
 from bench.checkpoint import (
+    RAW_WEIGHTS,
     checkpoint_root,
     exclusive,
     file_hash,
@@ -348,6 +349,8 @@ def _write_results(trainer: Trainer, folder: Path) -> None:
         (folder / finished).unlink(missing_ok=True)
     write_text_atomic(folder / "config.yaml", dump_config(trainer.run))
     write_text_atomic(folder / "learning_curve.csv", pd.DataFrame(trainer.curve).to_csv(index=False))
+    # the weights of the last step too: what a published evaluation paired them with can then be measured
+    save_weights(folder / "weights", trainer.model.state_dict(), trainer.run.resolved(), RAW_WEIGHTS)
     save_weights(folder / "weights", trainer.ema.model.state_dict(), trainer.run.resolved())
     costs: dict[str, Any] = {
         "config_hash": trainer.run.training_hash,
