@@ -311,7 +311,12 @@ def resolve_run(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> Run
         if name in names[:i]:  # rows are told apart by the sampler's name
             raise Invalid(("evaluate", "samplers", i, "name"), f" = {show(name)}: given twice; accepted: once")
     samplers = [_resolve_sampler(entry, ("evaluate", "samplers", i)) for i, entry in enumerate(evaluate.samplers)]
-    evaluate = evaluate.model_copy(update={"samplers": samplers})
+    studies = {
+        name: _resolve_study(name, options, ("evaluate", "studies", name))
+        for name, options in evaluate.studies.items()
+        if options is not None  # null takes away what an outer layer asked for
+    }
+    evaluate = evaluate.model_copy(update={"samplers": samplers, "studies": studies})
     run = RunConfig.model_construct(**identity, model=model, train=train, evaluate=evaluate)
     if run.dataset in FACTS:
         shape, items, tests = FACTS[run.dataset]
@@ -364,6 +369,18 @@ def _resolve_sampler(entry: Mapping[str, Any], path: tuple[str | int, ...]) -> d
     if "end" not in options:  # the SDE's own eps, which the sampler does not know
         known.pop("end", None)
     return {"name": common.name, "steps": common.steps or [0], **known}
+
+
+def _resolve_study(name: str, options: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+    from bench.studies import STUDIES, options_of
+
+    if name not in STUDIES:
+        raise Invalid(path, f": unknown study; {accepted(STUDIES)}")
+    schema = signature_schema(options_of(name), skip=("context",))
+    for key in options:
+        if key not in schema.model_fields:
+            raise Invalid((*path, key), f": unknown key; {accepted(schema.model_fields)}")
+    return validate(schema, options, path).model_dump(mode="json")
 
 
 def _digest(value: Any) -> str:

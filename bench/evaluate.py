@@ -21,6 +21,7 @@ from bench.errors import InputError
 from bench.files import atomic_path, read_json, write_json, write_text_atomic
 from bench.likelihood import Units, measure, nelbo_per_image, nll_per_image, test_points, total_nats
 from bench.sampling import draw
+from bench.studies import Context, conduct
 from bench.train import is_trained
 from models.base import Model, NotDefined
 from models.flows import FlowInverseError
@@ -187,7 +188,7 @@ def is_evaluated(run: RunConfig) -> bool:
 
 
 def evaluate(run: RunConfig) -> None:
-    """Write per_image.npz, robustness.csv, samples.png, trajectory.png and, last, likelihood.json of one run."""
+    """Write per_image.npz, robustness.csv, the pictures, a CSV file a study and, last, likelihood.json of one run."""
     if is_trained(run) and is_evaluated(run):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -222,6 +223,7 @@ def evaluate(run: RunConfig) -> None:
     rows, samples = robustness(model, run, data)
     write_robustness(folder / "robustness.csv", rows)
     pictures(model, run, data, samples, folder)
+    conduct(Context(model, run, data, device), folder)
     write_json(folder / "likelihood.json", header | record | {"evaluate_seconds": time.perf_counter() - started})
 
 

@@ -69,7 +69,8 @@ class EvaluateConfig(Schema):
     ``images``: test images used (null: all). NELBO: ``nelbo_repeats`` independent estimates of ``nelbo_times`` time
     draws an image. NLL: tolerances of the ODE solver, ``probes`` of the divergence ("exact" or a number of Hutchinson
     probes). ``samplers``: rows of the robustness table, each with ``samples`` samples judged by ``quality``. Images are
-    compared through ``features``: a classifier trained on the run's own data set, or Inception.
+    compared through ``features``: a classifier trained on the run's own data set, or Inception. ``studies``: further
+    measurements by name, each with its own settings (see :mod:`bench.studies`).
     """
 
     images: Count | None = None
@@ -83,3 +84,4 @@ class EvaluateConfig(Schema):
     quality: list[Metric] = Field(default_factory=list)
     features: Literal["classifier", "inception"] | None = None
     batch_size: Count = 256
+    studies: dict[str, dict | None] = Field(default_factory=dict)
