@@ -46,3 +46,19 @@ def wanted(config: pytest.Config) -> bool:
 def benchmark_quick(request: pytest.FixtureRequest) -> bool:
     """Whether benchmarks should take as few rounds as they can."""
     return request.config.getoption("--benchmark-quick")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how far the estimators are from the truth; the numbers travel with the reports, from workers too."""
+    found = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "ground truth"
+    ]
+    if found:
+        error, what, _ = max(found)
+        count = sum(value[2] for value in found)
+        terminalreporter.write_line(f"ground truth: largest error {error:.1e} nats/dim ({what}), {count} estimates")
