@@ -11,7 +11,6 @@ from synthetic_runs import VARIANTS, cell, edit, expected, tables, write_suite
 from bench.errors import InputError
 from bench.report import report_suite
 from bench.report.cells import Cell, aggregate
-from bench.report.findings import find
 from bench.report.load import load_runs
 
 PLANE = ["checkerboard", "swissroll"]
@@ -229,31 +228,3 @@ def test_status_of_a_sampler_row_stands_where_its_number_would(copy):
         "left out: kid not measured: too few images (seed 1)" in cell(table, "kid", variant="ddpmpp-vp", steps=8).status
     )
     assert "3 of 256 samples not finite (seed 1)" in cell(table, "fd", variant="ddpmpp-vp", steps=16).status
-
-
-# Comparisons -------------------------------------------------------------------------------------------------------
-
-
-def test_comparison_without_samples_says_why(copy):
-    for seed in "012":
-        (copy / "digits" / "indm-vp-nll" / seed / "robustness.csv").unlink()
-        path = copy / "digits" / "indm-ve" / seed / "robustness.csv"
-        path.write_text(path.read_text().replace("euler_maruyama", "heun"))
-    found = {(one.claim, one.variant, one.sampler): one for one in find(tables(copy), {"digits": "fd"})}
-    lost = found["sample-quality", "indm-vp-nll", "euler_maruyama"]
-    assert lost.verdict == "not measured" and "trained but not evaluated (seeds 0, 1, 2)" in lost.sentence
-    other = found["robust-sampling", "indm-ve", "euler_maruyama"]
-    assert other.verdict == "not measured" and "INDM (VE): not sampled in this way" in other.sentence
-    assert found["sample-quality", "indm-vp-fid", "euler_maruyama"].n == 3
-
-
-def test_pairs_use_common_seeds_only(copy):
-    shutil.rmtree(copy / "digits" / "indm-vp-nll" / "0")
-    shutil.rmtree(copy / "digits" / "ddpmpp-vp" / "2")
-    (nll,) = [one for one in find(tables(copy), {}) if (one.claim, one.variant) == ("better-nll", "indm-vp-nll")]
-    ours, theirs = (
-        cell(tables(copy)["nll_nelbo_gap"], "nll_corrected", variant=name).values
-        for name in ("indm-vp-nll", "ddpmpp-vp")
-    )
-    assert (nll.n, nll.mean) == (1, pytest.approx(ours[1] - theirs[1]))
-    assert nll.verdict == "inconclusive" and "One paired seed" in nll.sentence

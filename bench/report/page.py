@@ -12,12 +12,15 @@ from bench.errors import InputError
 from bench.files import read_json, write_text_atomic
 from bench.report.beside import beside_the_paper
 from bench.report.display import SAMPLERS, TITLES, label, views
-from bench.report.findings import score
+from bench.report.estimators_page import ESTIMATORS, estimators_section
+from bench.report.findings import headline, score
 from bench.report.forest import forest
 from bench.report.references import load_published
+from bench.report.study_views import study_views
 from bench.report.tables import TABLES
 
 SUMMARY = "summary.json"
+SCHEMA = 2  # of the summary
 ORDER = ("toy2d", "digits", "cifar10-lite", "cifar10", "celeba64")
 LAST = ("smoke",)
 # bytes of the whole page, and the widths (figures, pictures) tried in turn to stay below it
@@ -40,7 +43,7 @@ def report_index(reports_root: Path | str | None = None) -> None:
 
         reports_root = config.reports_root()
     root = Path(reports_root)
-    names = [path.parent.name for path in root.glob(f"*/{SUMMARY}")]
+    names = [path.parent.name for path in root.glob(f"*/{SUMMARY}") if path.parent.name != ESTIMATORS]
     if not names:
         raise InputError(f"{root}: no suite has a report yet; accepted: run `indm-bench report SUITE` first")
     last = len(ORDER)
@@ -48,7 +51,14 @@ def report_index(reports_root: Path | str | None = None) -> None:
     template = _environment().get_template("page.html.j2")
     for widths in WIDTHS:
         suites = [_suite(root / name, root, widths) for name in names]
-        page = template.render(suites=suites, overview=_overview(suites), variants=VARIANTS, label=label)
+        page = template.render(
+            suites=suites,
+            overview=_overview(suites),
+            claims=_claims_board(suites),
+            estimators=estimators_section(root, widths[0]),
+            variants=VARIANTS,
+            label=label,
+        )
         if len(page.encode()) < LIMIT:
             break
     write_text_atomic(root / "index.html", page)
@@ -81,11 +91,13 @@ def duration(seconds: float) -> str:
 def _suite(folder: Path, root: Path, widths: tuple[int, int]) -> dict[str, Any]:
     """Everything the template says about one suite."""
     summary = read_json(folder / SUMMARY)
-    if folder.name in LAST:
-        # it guards the code; a few steps of training say nothing about a claim
+    if summary.get("schema") != SCHEMA:
+        raise InputError(
+            f"{folder / SUMMARY}: schema {summary.get('schema')}: this page reads schema {SCHEMA}; "
+            f"accepted: run `indm-bench report {folder.name}` again"
+        )
+    if not summary["judged"]:
         summary = summary | {"findings": []}
-    if summary.get("schema") != 1:
-        raise InputError(f"{folder / SUMMARY}: schema {summary.get('schema')}: this page reads schema 1")
     rows = {name: make().read_rows(folder / f"{name}.csv") for name, make in TABLES.items()}
     shown = []
     for name, make in TABLES.items():
@@ -95,8 +107,9 @@ def _suite(folder: Path, root: Path, widths: tuple[int, int]) -> dict[str, Any]:
         shown.append({"name": name, "title": TITLES[name], "views": made})
     return summary | {
         "anchor": f"suite-{folder.name}",
-        "judged": folder.name not in LAST,
         "claims": _claims(summary),
+        "stated": summary["claims"],
+        "unmeasured": _unmeasured(summary),
         "board": _board(summary),
         "score": score(summary["findings"]),
         "figures": [_figure(folder / "figures" / name, summary, widths[0]) for name in summary["figures"]],
@@ -106,32 +119,81 @@ def _suite(folder: Path, root: Path, widths: tuple[int, int]) -> dict[str, Any]:
         ],
         "published": [view for table in shown for view in table["views"] if view.dataset == "published"],
         "beside": beside_the_paper(rows, load_published(root / "reference.csv"), summary),
+        "studies": study_views(folder, summary, widths[0]),
         "missing": _grouped(summary["missing"], len(summary["datasets"]) > 1),
         "hardware": _hardware(summary["provenance"]),
-        "chance": round(0.05 * sum(finding["mean"] is not None for finding in summary["findings"]), 1),
+        "alone": score([f | {"verdict": f["verdict_alone"]} for f in summary["findings"] if f["p_holm"] is not None]),
     }
 
 
 def _claims(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Claims with their findings: those of the first sampler in sight, the other samplers' folded away."""
+    """Claims with a measured comparison: the findings of the first statistic and sampler in sight, others folded."""
     claims = []
     several = len(summary["datasets"]) > 1
     for claim in summary["claims"]:
         findings = [finding for finding in summary["findings"] if finding["claim"] == claim["id"]]
-        if not findings:
+        if all(finding["estimate"] is None for finding in findings):
             continue
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for finding, picture in zip(findings, forest(findings, claim["side"])):
-            place = finding["dataset"] if several else ""
-            groups.setdefault(finding["sampler"], []).append(finding | {"forest": picture, "place": place})
-        ordered = [{"sampler": SAMPLERS.get(name, name), "findings": found} for name, found in groups.items()]
-        claims.append(claim | {"first": ordered[0], "others": ordered[1:], "score": score(findings)})
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for finding in findings:
+            groups.setdefault((finding["statistic"], finding["sampler"]), []).append(finding)
+        # a group without a number says nothing that the list of what was not measured does not say
+        made = [_group(found, several) for found in groups.values() if any(f["estimate"] is not None for f in found)]
+        claims.append(claim | {"first": made[0], "others": made[1:], "score": score(findings)})
     return claims
+
+
+def _group(findings: Sequence[dict[str, Any]], several: bool) -> dict[str, Any]:
+    """Findings of one statistic and sampler, each with its picture."""
+    first = findings[0]
+    drawn = [finding | {"mean": finding["estimate"]} for finding in findings]
+    pictures = forest(drawn, first["side"]) if first["side"] != "equal" else [""] * len(drawn)
+    return {
+        "label": f"with {SAMPLERS.get(first['sampler'], first['sampler'])}" if first["sampler"] else first["statistic"],
+        "statistic": first["statistic"],
+        "expected": first["expected"],
+        "shaded": first["side"] != "equal",
+        "pairing": first["pairing"],
+        "findings": [
+            finding | {"forest": picture, "place": finding["dataset"] if several else ""}
+            for finding, picture in zip(findings, pictures)
+        ],
+    }
+
+
+def _unmeasured(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Claims of which a statistic has no number at all, each with the reasons and where they hold."""
+    listed = []
+    for claim in summary["claims"]:
+        statistics: dict[str, list[Mapping[str, Any]]] = {}
+        for finding in summary["findings"]:
+            if finding["claim"] == claim["id"]:
+                statistics.setdefault(finding["statistic"], []).append(finding)
+        reasons: dict[str, dict[str, None]] = {}
+        for findings in statistics.values():
+            if all(finding["estimate"] is None for finding in findings):
+                for finding in findings:
+                    reasons.setdefault(finding["note"], {})[finding["dataset"]] = None
+        if reasons:
+            said = [f"{why} ({', '.join(places)})" if any(places) else why for why, places in reasons.items()]
+            listed.append({"title": claim["title"], "why": "; ".join(said)})
+    return listed
+
+
+def _claims_board(suites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Claims by suites: the count of each verdict, and one sentence a claim over all suites that judge any."""
+    judging = [suite for suite in suites if suite["judged"]]
+    claims = {claim["id"]: claim for suite in judging for claim in suite["stated"]}
+    rows = []
+    for name, claim in claims.items():
+        own = [[finding for finding in suite["findings"] if finding["claim"] == name] for suite in judging]
+        rows.append(claim | {"scores": [score(found) for found in own], "headline": headline(sum(own, []))})
+    return {"suites": [{"title": suite["title"], "anchor": suite["anchor"]} for suite in judging], "rows": rows}
 
 
 def _board(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Claims by pairs: how many comparisons (data sets, samplers) had each verdict."""
-    findings = summary["findings"]
+    findings = [finding for finding in summary["findings"] if finding["baseline"] and finding["estimate"] is not None]
     pairs = dict.fromkeys((finding["variant"], finding["baseline"]) for finding in findings)
     claims = [claim for claim in summary["claims"] if any(finding["claim"] == claim["id"] for finding in findings)]
     rows = []

@@ -65,6 +65,29 @@ def robustness_protocol(run: Run, row: Mapping[str, str]) -> Protocol:
     }
 
 
+def budget_protocol(run: Run) -> Protocol | None:
+    """What must agree before two trainings had one budget and saw the data in one order."""
+    if run.provenance is None and not run.config:
+        return None
+    return {
+        "images_seen": _get(run.provenance, "images_seen"),
+        "train.batch_size": _get(run.config, "train", "batch_size"),
+    }
+
+
+def study_protocol(run: Run, study: str) -> Protocol | None:
+    """What must agree before a study's numbers of two runs may be averaged or compared."""
+    options = _get(run.config, "evaluate", "studies", study)
+    if run.likelihood is None or options is None:
+        return None
+    return {
+        "data.hash": _data_hash(run),
+        "units": run.likelihood.get("units"),
+        "protocol.weights": _get(run.likelihood, "protocol", "weights"),
+        f"evaluate.studies.{study}": str(sorted(options.items())) if isinstance(options, Mapping) else str(options),
+    }
+
+
 def timing_protocol(run: Run) -> Protocol | None:
     """What must agree before seconds and megabytes may be averaged."""
     if run.provenance is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from bench.report.captions import captions
 from bench.report.cells import OK, Row, Table
 from bench.report.display import TITLES, markdown, views
 from bench.report.figures import draw_all
-from bench.report.findings import CLAIMS, find
 from bench.report.load import Run, finite, load_runs
+from bench.report.studies import report_studies
 from bench.report.tables import Grid, build
 
 SUMMARY = "summary.json"
+SCHEMA = 2  # of the summary
 PICTURES = ("samples", "trajectory")
 # what stands for sample quality on a data set, first choice first
 QUALITY = ("fd", "sliced_wasserstein", "energy")
@@ -65,12 +65,12 @@ def report_suite(
     write_json(folder / "metrics.json", metrics(tables, quality))
     figures = draw_all(tables, quality, folder / "figures")
     pictures = _copy_pictures(grid, folder / "figures")
-    _sweep(folder / "figures", {*figures, *(picture["file"] for picture in pictures)})
-    findings = find(tables, quality)
+    studied = report_studies(grid, folder)
+    _sweep(folder / "figures", {*figures, *studied["figures"], *(picture["file"] for picture in pictures)})
     write_json(
         folder / SUMMARY,
         {
-            "schema": 1,
+            "schema": SCHEMA,
             "suite": suite_name,
             "title": title or suite_name,
             "description": description or "",
@@ -79,16 +79,37 @@ def report_suite(
             "seeds": grid.seeds,
             "units": units,
             "captions": said,
-            "claims": [asdict(claim) for claim in CLAIMS],
-            "findings": [finding.record() for finding in findings],
+            **_report_claims(suite_name, grid, quality, units, folder),
             "figures": figures,
             "pictures": pictures,
             "runs": {"wanted": len(runs), "complete": sum(run.status == OK for run in runs)},
             "missing": missing(runs),
-            "refused": refused(tables),
+            "refused": refused(tables) + studied["refused"],
+            "studies": studied,
             "provenance": provenance(runs),
         },
     )
+
+
+def _report_claims(
+    suite: str, grid: Grid, quality: Mapping[str, str], units: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Write claims.csv and claims.md; what the page says of them."""
+    # here, because the claims read result files with the loaders of this package
+    from bench.claims import CLAIMS, UNJUDGED
+    from bench.report import claims_table, claims_text
+
+    rows = claims_table.judge(suite, grid, quality, units, CLAIMS)
+    claims_table.write_csv(folder / "claims.csv", rows)
+    write_text_atomic(folder / "claims.md", claims_text.document(CLAIMS, rows, claims_text.caption(suite, grid, rows)))
+    sizes = claims_table.families(suite, rows)
+    return {
+        "judged": suite not in UNJUDGED,
+        "tested": sum(sizes.values()),
+        "families": len(sizes),
+        "claims": [claims_text.claim_record(claim) for claim in CLAIMS],
+        "findings": [claims_text.record(row) for row in rows],
+    }
 
 
 def _suite_file(name: str, title: str | None, description: str | None) -> tuple[list[dict[str, Any]], Any, Any]:
