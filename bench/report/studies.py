@@ -32,7 +32,7 @@ def _fill_split(table: Table, grid: Grid) -> None:
             split = splits[run.variant, run.seed]
             if isinstance(split, str):
                 return None
-            own = {f"gap_split.{name}": split[name] for name in ("images", "steps", "paths")}
+            own = {f"gap_split.{name}": split[name] for name in ("images", "steps", "grids", "paths")}
             return (likelihood_protocol(run) or {}) | own | _options(run, table.name)
 
         refused = refusals(grid.of(dataset), protocol)
@@ -47,7 +47,7 @@ def _fill_split(table: Table, grid: Grid) -> None:
                 row.cells[metric] = aggregate(readings, refused.get(variant))
             found = [split for run in runs if not isinstance(split := splits[variant, run.seed], str)]
             if found and variant not in refused:
-                row.extra |= {name: found[0][name] for name in ("units", "images", "steps", "paths")}
+                row.extra |= {name: found[0][name] for name in ("units", "images", "steps", "grids", "paths")}
                 for name in (*(f"{part}_se" for part in SE_PARTS), "sde_se"):
                     errors = [split[name] for split in found if split[name] is not None]
                     row.extra[name] = mean(errors) if errors else None

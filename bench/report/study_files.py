@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from bench.report.cells import Table
 from bench.report.load import LIKELIHOOD, Run, finite, read_csv
 from bench.report.tables import NOT_ASKED
 
-PER_IMAGE = "per_image.npz"
 ONE_GRID = "not measured: one grid only"
 # columns of a file that hold integers; all others are numbers, apart from the words
 INTEGERS = frozenset({"image", "steps", "paths", "samples", "bins", "n"})
@@ -52,9 +50,19 @@ SE_PARTS = ("gap", "variational", "sde_to_ode")
 FORMS = {
     "gap_split": Form(
         ("image", "steps"),
-        ("paths", "nelbo", "sde", "sde_se", "ess"),
+        ("paths", "nelbo", "sde", "sde_se", "ode", "ess"),
         (*SE_PARTS, "nelbo", "sde", "nll", "grid_change", "chain_excess", "ess"),
-        ("units", "images", "steps", "paths", *(f"{part}_se" for part in SE_PARTS), "sde_se", "ess_min", "detail"),
+        (
+            "units",
+            "images",
+            "steps",
+            "grids",
+            "paths",
+            *(f"{part}_se" for part in SE_PARTS),
+            "sde_se",
+            "ess_min",
+            "detail",
+        ),
         by_variant=True,
     ),
     "discretisation": Form(
@@ -160,40 +168,19 @@ def _short(error: Exception, path: Path) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _per_image(run: Run) -> dict[int, tuple[float, float]] | str:
-    """Image -> (NELBO, NLL) in nats, both corrected; the reason where they are absent or belong to another record."""
-    import numpy as np
-
-    path = run.folder / PER_IMAGE
-    if not path.is_file():
-        return f"{PER_IMAGE} missing"
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            index, nelbo, nll = (arrays[name] for name in ("index", "nelbo", "nll"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        return f"{PER_IMAGE} cannot be read ({_short(error, path)})"
-    if not len(index) == len(nelbo) == len(nll) > 0 or not (np.isfinite(nelbo).all() and np.isfinite(nll).all()):
-        return f"{PER_IMAGE} holds no finite NELBO and NLL for each image"
-    for name, values in (("nelbo", nelbo), ("nll", nll)):
-        total = run.at(LIKELIHOOD, name, "corrected", "total")
-        if isinstance(total, str):
-            return total
-        if abs(values.mean() - total) > 1e-4 * max(1.0, abs(total)):
-            return f"{PER_IMAGE} has mean {name} {values.mean():.6g}, {LIKELIHOOD} {total:.6g}"
-    return {int(image): (float(a), float(b)) for image, a, b in zip(index, nelbo, nll)}
-
-
 # The gap in parts --------------------------------------------------------------------------------------------------
 
 
 def split_of(run: Run) -> Line | str:
     """The parts of one run's gap NELBO − NLL, nats, means over the images of its path estimate; or why there are none.
 
-    With p_SDE the density of the generative SDE, estimated on the finest grid: gap = variational + sde_to_ode, where
-    variational = NELBO − (−log p_SDE) and sde_to_ode = (−log p_SDE) − NLL. The parts are of the same images and sum to
-    the gap by construction. ``*_se`` are standard errors over images, ``sde_se`` that of the paths. ``grid_change`` is
-    the mean of −log p_SDE on the finest grid minus that on the next coarser one; ``chain_excess`` the bound of the
-    chain of the finest grid minus the NELBO, which is of continuous time.
+    With p_SDE the density of the generative SDE: gap = variational + sde_to_ode, where variational = NELBO −
+    (−log p_SDE) and sde_to_ode = (−log p_SDE) − NLL, all of the same images. NELBO and −log p_SDE are limits of a fine
+    grid, 2 v(N) − v(N/2) for each image, as in :func:`bench.studies.gap_split.limits`; with one grid, the values on it.
+    NLL is that of the ODE in the study's own file: the one of per_image.npz has a single draw of its residual.
+    ``*_se`` are standard errors over images, ``sde_se`` that of the paths on the finest grid. ``grid_change`` is the
+    limit of −log p_SDE minus its value on the finest grid; ``chain_excess`` the bound of the finest grid's chain minus
+    its limit; ``grids`` how many grids the values are of.
     """
     lines = study_of(run, "gap_split")
     if isinstance(lines, str):
@@ -207,23 +194,24 @@ def split_of(run: Run) -> Line | str:
     blank = next((name for line in lines for name in FORMS["gap_split"].columns if line[name] is None), None)
     if blank:
         return f"{blank} is blank in gap_split.csv"
-    grids = sorted({line["steps"] for line in lines})
-    fine, coarse = (
-        {line["image"]: line for line in lines if line["steps"] == grid} for grid in (grids[-1], grids[-2:][0])
-    )
-    if set(fine) != set(coarse):
-        return "the grids of gap_split.csv hold different images"
-    paths = {line["paths"] for line in fine.values()}
-    if len(paths) > 1:
-        return "the images of gap_split.csv differ in their number of paths"
-    bounds = _per_image(run)
-    if isinstance(bounds, str):
-        return bounds
-    if not set(fine) <= set(bounds):
-        return f"gap_split.csv holds images that {PER_IMAGE} lacks"
+    grids = {line["steps"]: {} for line in lines}
+    for line in lines:
+        grids[line["steps"]][line["image"]] = line
+    steps = max(grids)
+    fine, half = grids[steps], grids.get(steps / 2)
+    if half is None and len(grids) > 1:
+        return f"gap_split.csv has {steps} steps and other grids, but not half as many"
+    coarse = fine if half is None else half  # a value and itself: the limit is the value
     images = sorted(fine)
-    nelbo, nll = ([bounds[image][place] for image in images] for place in (0, 1))
-    sde = [fine[image]["sde"] for image in images]
+    if images != sorted(coarse):
+        return "the grids of gap_split.csv hold different images"
+    paths = {line["paths"] for grid in (fine, coarse) for line in grid.values()}
+    if len(paths) > 1:
+        return "the rows of gap_split.csv differ in their number of paths"
+    if any(fine[image]["ode"] != coarse[image]["ode"] for image in images):
+        return "the grids of gap_split.csv differ in the NLL of the ODE, which has no grid"
+    nelbo, sde = ([2 * fine[image][name] - coarse[image][name] for image in images] for name in ("nelbo", "sde"))
+    nll = [fine[image]["ode"] for image in images]
     parts = {
         "gap": [a - b for a, b in zip(nelbo, nll)],
         "variational": [a - b for a, b in zip(nelbo, sde)],
@@ -235,13 +223,14 @@ def split_of(run: Run) -> Line | str:
         **{name: mean(values) for name, values in (parts | {"nelbo": nelbo, "sde": sde, "nll": nll}).items()},
         **{f"{name}_se": standard_error(values) for name, values in parts.items()},
         "sde_se": pooled([line["sde_se"] for line in fine.values()]),
-        "grid_change": mean(sde) - mean(line["sde"] for line in coarse.values()) if len(grids) > 1 else ONE_GRID,
-        "chain_excess": mean(line["nelbo"] for line in fine.values()) - mean(nelbo),
+        "grid_change": mean(sde) - mean(line["sde"] for line in fine.values()) if half else ONE_GRID,
+        "chain_excess": mean(line["nelbo"] for line in fine.values()) - mean(nelbo) if half else ONE_GRID,
         "ess": (effective[middle] + effective[~middle]) / 2,
         "ess_min": effective[0],
         "units": "nats",
         "images": len(images),
-        "steps": grids[-1],
+        "steps": steps,
+        "grids": 2 if half else 1,
         "paths": paths.pop(),
     }
 
