@@ -10,15 +10,20 @@ a bounded, smooth field: a solver needs far fewer evaluations than in t, where i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from models.noise import Generator, rademacher
+from models.noise import Generator, normal, rademacher
 from models.sde import LinearSDE, expand
 
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# In lambda the probability-flow field is flat at both ends; a longer step could pass over all that happens between.
+MAX_STEP = 6.0
+ProbeKind = Literal["rademacher", "gaussian", "orthogonal"]
 
 # Dormand and Prince 1980, RK5(4)7M: nodes, stages, and the difference of the fifth- and fourth-order weights
 _NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -85,9 +90,28 @@ def _exact_trace(output: Tensor, leaf: Tensor) -> Tensor:
     return torch.stack(columns, 1).sum(1)
 
 
-def hutchinson_probes(count: int, shape, generator: Generator, device=None, dtype=None) -> Tensor:
-    """(count, *shape) Rademacher probes, fixed for a whole trajectory."""
-    return torch.stack([rademacher(shape, generator, device, dtype) for _ in range(count)])
+def hutchinson_probes(
+    count: int, shape, generator: Generator, device=None, dtype=None, kind: ProbeKind = "rademacher"
+) -> Tensor:
+    """(count, *shape) probes v with E[v v'] = I, fixed for a whole trajectory; ``shape`` is (B, ...).
+
+    "rademacher": random signs (Hutchinson 1990), no variance from a diagonal Jacobian. "gaussian": standard normals.
+    "orthogonal": blocks of at most D mutually orthogonal directions of norm sqrt(D), uniform on the sphere, each
+    sample with its own: the average over D of them is the trace itself, whatever the Jacobian. ValueError otherwise.
+    """
+    if kind == "rademacher":
+        return torch.stack([rademacher(shape, generator, device, dtype) for _ in range(count)])
+    if kind == "gaussian":
+        return torch.stack([normal(shape, generator, device, dtype) for _ in range(count)])
+    if kind != "orthogonal":
+        raise ValueError(f"kind = {kind!r}: accepted are rademacher, gaussian, orthogonal")
+    batch, dims = shape[0], math.prod(shape[1:])
+    # QR leaves a column's sign to convention, which a quadratic form does not see
+    blocks = [
+        torch.linalg.qr(normal((batch, dims, min(dims, count - first)), generator, device, dtype)).Q
+        for first in range(0, count, dims)
+    ]
+    return math.sqrt(dims) * torch.cat(blocks, 2).permute(2, 0, 1).reshape(count, *shape)
 
 
 def dormand_prince(
@@ -98,12 +122,14 @@ def dormand_prince(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_nfe: int = 10_000,
+    max_step: float = math.inf,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integrate every sample from ``start`` (B,) to ``end`` (B,) with its own adaptive step.
 
     ``field_for(rows)`` gives the field of the samples ``rows`` (their probes travel with them). Returns
     (u at the end (B, ...), integral of the divergence (B,), network evaluations (B,)). A sample that is done leaves
-    the batch. The divergence is under error control too, at ``atol`` nats a dimension.
+    the batch. The divergence is under error control too, at ``atol`` nats a dimension. ``max_step``: no step is longer;
+    an error estimate sees nothing of what lies between the stages of a step.
     """
     total, dims = len(u), u[0].numel()
     out_u, out_l, nfe = torch.empty_like(u), u.new_zeros(total), torch.zeros(total, dtype=torch.long, device=u.device)
@@ -118,7 +144,7 @@ def dormand_prince(
     while len(rows):
         if used + 6 > max_nfe:
             raise IntegrationError(f"{len(rows)} of {total} trajectories unfinished after {used} evaluations")
-        step_fraction = torch.minimum(fraction, remaining)
+        step_fraction = torch.minimum(torch.minimum(fraction, max_step / span.abs()), remaining)
         h = step_fraction * span
         ks, ls = [slope[0]], [slope[1]]
         for node, weights in zip(_NODES[1:], _STAGES[1:], strict=True):

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from models.integrators import dormand_prince, flow_field, state_scale
+from models.integrators import MAX_STEP, dormand_prince, flow_field, state_scale
 from models.noise import Generator, normal
 from models.options import Fraction, Positive, Probability
 from models.sde import LinearSDE, expand
@@ -190,7 +190,8 @@ def ode(
     low = sde.log_ratio(torch.full((len(z),), end, dtype=torch.float64)).to(z)
     ones = torch.ones(len(z), dtype=z.dtype, device=z.device)
     field = flow_field(noise, sde)
-    u, _, nfe = dormand_prince(lambda rows: field, z / expand(state_scale(sde, ones)[0], z), high, low, rtol, atol)
+    u = z / expand(state_scale(sde, ones)[0], z)
+    u, _, nfe = dormand_prince(lambda rows: field, u, high, low, rtol, atol, max_step=MAX_STEP)
     last = sde.time(low)
     z = u * expand(state_scale(sde, last)[0], u)
     return denoised(noise, sde, z, last), float(nfe.double().mean()) + 1

@@ -104,7 +104,8 @@ def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulett
     """
     # Samples are sorted by length, so those still in the sum are a leading slice. Its size is rounded up to eighths of
     # the batch, since a convolution of a size not met before costs more to set up than to run.
-    order = torch.argsort(depth, descending=True)
+    # The sort is stable: where no sample draws a random term, the order is that of the Jacobian, which stays as it is.
+    order = torch.argsort(depth, descending=True, stable=True)
     lengths = depth[order].to(probe.device)
     step = max(1, len(probe) // 8)
     alive = [-(-n // step) * step for n in torch.bincount(depth).flip(0).cumsum(0).flip(0)[1:].tolist()]

@@ -62,7 +62,7 @@ class ResidualFlow(nn.Module):
     log_det: "exact" builds each block's Jacobian; "series" is the unbiased estimate with random depth and probe;
     "auto" is exact up to 4 dimensions in training and 256 in evaluation. `terms_train` and `terms_eval` are the
     numbers of terms before the roulette, `roulette*` its distribution (see `log_det.Roulette`; the official code's is
-    "poisson" with rate 2, and its probes are gaussian).
+    "poisson" with rate 2, 20 terms in evaluation, and gaussian probes; reports/estimators holds them against these).
 
     Under autocast, training on images follows it; evaluation and inversion run in the dtype of the weights, since
     rounding to 8 bits would break their agreement.
@@ -79,7 +79,7 @@ class ResidualFlow(nn.Module):
         squeeze_first: bool = False,
         log_det: Literal["auto", "exact", "series"] = "auto",
         terms_train: Annotated[int, Field(ge=0)] = 2,
-        terms_eval: Annotated[int, Field(ge=0)] = 20,
+        terms_eval: Annotated[int, Field(ge=0)] = 2,
         roulette: Literal["geometric", "poisson"] = "geometric",
         roulette_entry: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25,
         roulette_stay: Fraction = 0.9,
