@@ -178,6 +178,29 @@ def regression(
 
 
 @app.command()
+def validate(
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the table as CSV and Markdown.")] = None,
+) -> None:
+    """Hold every estimator against ground truth: truth, estimate, standard error, error; exit 1 if any is off."""
+    from bench.truth.battery import validate as hold
+
+    code = hold(out)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def estimators(
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write (default: reports/estimators).")] = None,
+) -> None:
+    """Measure the estimators' standard error against their cost, from which the defaults are chosen."""
+    from bench.config import reports_root
+    from bench.estimators import measure_estimators
+
+    measure_estimators(reports_root() / "estimators" if out is None else out)
+
+
+@app.command()
 def pipeline(
     check: Annotated[bool, typer.Option("--check", help="Only say whether the files are up to date.")] = False,
 ) -> None:

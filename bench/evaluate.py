@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Sequence
@@ -167,6 +168,7 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
         "weights": "ema",
         "nelbo_repeats": settings.nelbo_repeats,
         "nelbo_times": settings.nelbo_times,
+        **_time_sampling(model),
         "rtol": settings.rtol,
         "atol": settings.atol,
         "probes": settings.probes,
@@ -176,6 +178,13 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
         "quantiser": "floor",
         "reference": "test" if len(model.shape) == 1 else "train",
     }
+
+
+def _time_sampling(model: Model) -> dict[str, Any]:
+    """How the bound's noise levels are drawn, where the model draws any: the defaults of its estimator."""
+    options = inspect.signature(model.nelbo_parts).parameters
+    names = ("proposal", "draws", "control_variate")
+    return {f"nelbo_{name}": options[name].default for name in names if name in options}
 
 
 def is_evaluated(run: RunConfig) -> bool:

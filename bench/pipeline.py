@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.commands import feature_datasets
 from bench.config import CURVE_SETTINGS, Suite, features_file, load_suite, suite_files
+from bench.estimators import MEASURED_RUNS
 from bench.files import write_text_atomic
 from bench.yaml_files import dump_yaml
 
@@ -21,6 +22,8 @@ FOLDER = Path("experiments/pipelines")
 HEADER = (
     "# Written by `indm-bench pipeline` from the suites. A new variant is an entry in its suite's file, nothing here.\n"
 )
+
+ESTIMATORS = "reports/estimators"
 
 # code whose change makes a stage's results stale; the rest (messages, reports, command line) is left out on purpose
 DATA_CODE = ["bench/data.py", "bench/toy.py"]
@@ -32,12 +35,14 @@ EVALUATE_CODE = [
     "bench/fidelity.py",
     "bench/likelihood.py",
     "bench/sampling.py",
+    "bench/conventions",
+    "bench/studies",
 ]
-REPORT_CODE = ["bench/report", "bench/statistics.py"]
+REPORT_CODE = ["bench/claims", "bench/conventions/__init__.py", "bench/report", "bench/statistics.py"]
 
 TRAINED = ["config.yaml", "learning_curve.csv", "provenance.json"]
 EVALUATED = ["likelihood.json", "per_image.npz", "robustness.csv", "samples.png", "trajectory.png"]
-TABLES = ["costs", "learning_curve", "likelihood_parts", "nll_nelbo_gap", "step_robustness"]
+TABLES = ["claims", "costs", "learning_curve", "likelihood_parts", "nll_nelbo_gap", "step_robustness"]
 PLOTS = {
     "learning curve": ("learning_curve.csv", "images", "nelbo", "lines", "training images", "NELBO"),
     "gap": ("gap.csv", "gap", "variant", "gaps", "NELBO - NLL", "variant"),
@@ -87,9 +92,11 @@ def pipeline(names: list[str], folder: Path) -> str:
     for name in names:
         content["stages"] |= suite_stages(load_suite(name))
     if not up:
+        content["stages"] |= estimator_stages()
+        checked = [f"{ESTIMATORS}/{file}" for file in ("summary.json", "validate.csv")]
         content["stages"]["index"] = {
             "cmd": "indm-bench report --index",
-            "deps": sorted(["bench/report", *(f"reports/{name}/summary.json" for name in names)]),
+            "deps": sorted(["bench/report", *checked, *(f"reports/{name}/summary.json" for name in names)]),
             "outs": [uncached("reports/index.html")],
         }
     for stage in content["stages"].values():
@@ -100,16 +107,34 @@ def pipeline(names: list[str], folder: Path) -> str:
     return HEADER + dump_yaml(content)
 
 
+def estimator_stages() -> dict[str, Any]:
+    """The estimators against ground truth, and against their cost."""
+    weights = [f"runs/{suite}/{variant}/0/weights" for suite, variant in MEASURED_RUNS]
+    written = [f"{table}.{kind}" for table in ("series", "time_sampling", "trace") for kind in ("csv", "md")]
+    return {
+        "validate": {
+            "cmd": f"indm-bench validate --out {ESTIMATORS}",
+            "deps": [*(f"bench/{name}.py" for name in ("data", "likelihood", "toy", "train")), "bench/truth", "models"],
+            "outs": [uncached(f"{ESTIMATORS}/{file}") for file in ("convergence.csv", "validate.csv", "validate.md")],
+        },
+        "estimators": {
+            "cmd": f"indm-bench estimators --out {ESTIMATORS}",
+            "deps": sorted(["bench/estimators", "models", *weights]),
+            "outs": [uncached(f"{ESTIMATORS}/{name}") for name in (*written, "figures", "summary.json")],
+        },
+    }
+
+
 def suite_stages(suite: Suite) -> dict[str, Any]:
     """The stages of one suite."""
     name, file = suite.name, f"experiments/{suite.name}.yaml"
     variant = "${item.variant}"
     several = len(suite.datasets) > 1
-    runs = [
-        f"runs/{name}/{variant}/{seed}" + (f"/{dataset}" if several else "")
+    runs = {
+        f"runs/{name}/{variant}/{seed}" + (f"/{dataset}" if several else ""): dataset
         for seed in suite.seeds
         for dataset in suite.datasets
-    ]
+    }
     classifiers = [
         features_file(name, dataset).as_posix() for dataset in feature_datasets(suite.runs(seed=suite.seeds[0]))
     ]
@@ -121,8 +146,16 @@ def suite_stages(suite: Suite) -> dict[str, Any]:
     curved = any(run.train.curve_samples for run in suite.runs(seed=suite.seeds[0]))
     given = suite.defaults.get("evaluate") or {}
     measured = [f"{name}.defaults.evaluate.{key}" for key in CURVE_SETTINGS if key in given]
+    # the studies each data set's runs are asked for
+    studied = {
+        dataset: sorted(
+            {study for run in suite.runs(seed=suite.seeds[0], dataset=dataset) for study in run.evaluate.studies}
+        )
+        for dataset in suite.datasets
+    }
     folder = f"reports/{name}"
-    tables = [f"{folder}/{table}.{kind}" for table in TABLES for kind in ("csv", "md")]
+    measured_too = sorted(set().union(*studied.values()))
+    tables = [f"{folder}/{table}.{kind}" for table in (*TABLES, *measured_too) for kind in ("csv", "md")]
     features = {
         f"features-{name}": {
             "cmd": f"indm-bench features {name}",
@@ -152,7 +185,11 @@ def suite_stages(suite: Suite) -> dict[str, Any]:
             "cmd": f"indm-bench evaluate {name} {variant}",
             "deps": sorted([*classifiers, *data, *EVALUATE_CODE, "models", *(f"{run}/weights" for run in runs)]),
             "params": [{file: settings}],
-            "outs": [uncached(f"{run}/{file}") for run in runs for file in EVALUATED],
+            "outs": [
+                uncached(f"{run}/{file}")
+                for run, dataset in runs.items()
+                for file in (*EVALUATED, *(f"{study}.csv" for study in studied[dataset]))
+            ],
         },
         f"report-{name}": {
             "cmd": f"indm-bench report {name}",

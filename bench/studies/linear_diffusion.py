@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.integrators import dormand_prince, flow_field, hutchinson_probes, state_scale
+from models.integrators import MAX_STEP, dormand_prince, flow_field, hutchinson_probes, state_scale
 from models.noise import Generator, StepRandom, normal, uniform
 from models.samplers import SAMPLERS
 from models.score.adapter import noise_function
@@ -93,9 +93,10 @@ class LinearDiffusion:
         alpha, sigma = self.sde.marginal(t)
         noise = normal(z0.shape, generator, z0.device, z0.dtype)
         z = expand(alpha, z0) * z0 + expand(sigma, z0) * noise
-        dims = z0[0].numel()
-        residual = 0.5 * (_norms(noise - self.noise(z, t)) - dims) - dims * self.sde.log_alpha(self.sde.eps)
-        return z, residual
+        predicted = self.noise(z, t)
+        # 1/2 (|noise - predicted|^2 - |noise|^2): the drawn |noise|^2 stands for its mean, D
+        residual = (predicted * (0.5 * predicted - noise)).flatten(1).sum(1)
+        return z, residual - z0[0].numel() * self.sde.log_alpha(self.sde.eps)
 
     @torch.no_grad()
     def nll(self, x: Tensor, rtol: float, atol: float, probes: int | str, generator: Generator) -> Tensor:
@@ -115,6 +116,7 @@ class LinearDiffusion:
             high.expand(len(x)),
             rtol,
             atol,
+            max_step=MAX_STEP,
         )
         ode = -divergence - dims * math.log(last / first)
         return -sde.prior_log_prob(u * last.to(x)) + ode + residual + lost
