@@ -21,6 +21,7 @@ PIPELINE = "experiments/pipelines/smoke/dvc.yaml"
 VARIANTS = ["ddpmpp-vp", "indm-vp-fid"]
 FILES = ["config.yaml", "learning_curve.csv", "likelihood.json", "per_image.npz", "provenance.json", "robustness.csv"]
 PICTURES = ["samples.png", "trajectory.png"]
+STUDIES = {"checkerboard": ["gap_split", "latents"], "digits": ["latents"]}
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +71,9 @@ class Project:
     def _shrink(suite):
         suite["seeds"] = [0]
         suite["variants"] = {name: suite["variants"][name] for name in VARIANTS}
+        for dataset, names in STUDIES.items():
+            settings = suite["datasets"][dataset]["evaluate"]
+            settings["studies"] = {name: settings["studies"][name] for name in names}
 
     def repro(self):
         """Reproduce the smoke suite: (exit code, what was printed)."""
@@ -107,8 +111,9 @@ def test_every_stage_ran_and_said_so(project):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_leaves_exactly_its_files(project, variant, dataset):
     folder = project.folder / "runs" / "smoke" / variant / "0" / dataset
-    assert {path.name for path in folder.iterdir()} == {*FILES, *PICTURES, "weights"}
-    assert [path.name for path in (folder / "weights").iterdir()] == ["model.safetensors"]
+    studies = {f"{name}.csv" for name in STUDIES[dataset]}
+    assert {path.name for path in folder.iterdir()} == {*FILES, *PICTURES, *studies, "weights"}
+    assert {path.name for path in (folder / "weights").iterdir()} == {"model.safetensors", "raw.safetensors"}
     record = json.loads((folder / "likelihood.json").read_text())
     assert record["status"] == "ok" and record["seed"] == 0 and record["variant"] == variant
     for name in ("nelbo", "nll"):

@@ -165,17 +165,24 @@ def test_every_suite_has_its_pipeline_and_the_root_one_stays_small(monkeypatch):
         file = "dvc.yaml" if suite in pipeline.LAPTOP else f"experiments/pipelines/{suite}/dvc.yaml"
         content = read_yaml(file)
         assert {f"{kind}-{suite}" for kind in ("references", "train", "evaluate", "report")} <= set(content["stages"])
-        for name, stage in content["stages"].items():
-            # a new variant must need no change here
+        # a new variant must need no change here; the estimators are tried on two runs that stand in their own file
+        for name, stage in (item for item in content["stages"].items() if item[0] != "estimators"):
             assert not any(variant in str(stage) for variant in load_suite(suite).variants), name
 
 
 def test_dependencies_of_every_stage_exist_or_are_made_by_one(monkeypatch):
     monkeypatch.chdir(ROOT)
     stages = read_yaml("dvc.yaml")["stages"]
-    outs = [next(iter(out)) if isinstance(out, dict) else out for stage in stages.values() for out in stage["outs"]]
+    outs = []
+
+    def expanded(name, paths):
+        variants = load_suite(name.partition("-")[2]).variants if "matrix" in stages[name] else [""]
+        return [path.replace("${item.variant}", variant) for path in paths for variant in variants]
+
     for name, stage in stages.items():
-        for dependency in stage["deps"]:
+        outs += expanded(name, [next(iter(out)) if isinstance(out, dict) else out for out in stage["outs"]])
+    for name, stage in stages.items():
+        for dependency in expanded(name, stage["deps"]):
             made = any(out == dependency or out.startswith(f"{dependency}/") for out in outs)
             assert made or Path(dependency).exists(), f"{name}: {dependency}"
 
