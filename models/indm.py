@@ -155,7 +155,7 @@ class INDM(Model):
         x: Tensor,
         times: int = 1,
         generator: Generator = None,
-        proposal: Literal["importance", "uniform", "debiased"] = "debiased",
+        proposal: Literal["importance", "uniform", "debiased"] = "importance",
         draws: Literal["stratified", "independent"] = "stratified",
         control_variate: bool = True,
     ) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from flow_problems import radius
 
 import models
-from bench.estimators import measure_estimators, problems, series, time_sampling, trace
+from bench.estimators import MEASURED_RUNS, measure_estimators, problems, series, time_sampling, trace
 from bench.estimators.common import Budget, Measured, source
 from bench.estimators.problems import FlowProblem, _flow, gaussian_problem, near_bound
 from bench.estimators.study import SUBJECTS
@@ -309,7 +309,8 @@ def test_measure_estimators_writes_every_table_without_trained_runs(tmp_path, mo
             rows = list(csv.DictReader(stream))
         assert tuple(rows[0]) == subject.columns
         missing = [row for row in rows if row["status"] != "ok"]
-        assert [row["problem"] for row in missing] == ["digits ddpmpp-vp", "digits indm-vp-nll"][name == "series" :]
+        names = [" ".join(run) for run in MEASURED_RUNS]
+        assert [row["problem"] for row in missing] == names[name == "series" :]
         assert all(row["status"].startswith("not defined: ") for row in missing)
         defaults = [row for row in rows if row["efficiency"] == "1"]
         names = {row["problem"] for row in rows if row["status"] == "ok"}
@@ -321,7 +322,7 @@ def test_measure_estimators_writes_every_table_without_trained_runs(tmp_path, mo
 
 def test_defaults_are_read_from_the_code():
     assert SUBJECTS["time_sampling"].defaults == {
-        "proposal": "debiased",
+        "proposal": "importance",
         "draws": "stratified",
         "control_variate": True,
     }

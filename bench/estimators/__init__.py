@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bench.estimators.common import Budget
 
 # (suite, variant) of the trained networks, first seed
-MEASURED_RUNS = (("digits", "ddpmpp-vp"), ("digits", "indm-vp-nll"))
+MEASURED_RUNS = (("digits", "ddpmpp-vp"), ("digits", "indm-vp-nll"), ("digits", "indm-vp-fid"))
 TITLE = "Likelihood estimators: variance against cost"
 DESCRIPTION = (
     "Standard error, bias and cost of every way to draw the bound's noise levels, to estimate the divergence of the "

@@ -12,7 +12,19 @@ Protocol = dict[str, Any]
 
 # a variant's own affair: its seeds must agree, other variants may differ (the corrector's step size of VE and VP, say)
 OWN = ("sampler options",)
-SHARED_PROTOCOL = tuple(f"protocol.{name}" for name in ("eps", "dequantiser", "weights", "quantiser", "reference"))
+SHARED_PROTOCOL = tuple(
+    f"protocol.{name}"
+    for name in (
+        "eps",
+        "dequantiser",
+        "weights",
+        "quantiser",
+        "reference",
+        "nelbo_proposal",
+        "nelbo_draws",
+        "nelbo_control_variate",
+    )
+)
 
 
 def _get(record: Any, *path: str) -> Any:
