@@ -1,13 +1,16 @@
-"""Files that the claims need beside those of every run: studies and per-image likelihoods, with effects that are known."""
+"""Files that the claims need beside those of every run: studies and per-image likelihoods, of known effects."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bench.claims import CLAIMS
 
 STEPS = (4, 8, 16)
 COLUMNS = {
@@ -110,3 +113,33 @@ def write_per_image(folder: Path) -> None:
         values = images + rng.gamma(0.5, 2.0, record["n"])
         arrays[name] = values - values.mean() + scale * (record[name]["corrected"]["total"] - shift)
     np.savez(folder / "per_image.npz", **arrays)
+
+
+def only(
+    rows: Iterable[Any], claim: str, variant: str | None = None, sampler: str | None = None, statistic: str = ""
+) -> Any:
+    """The one row of a claim that fits."""
+    (row,) = [
+        row
+        for row in rows
+        if row.claim == claim
+        and variant in (None, row.variant)
+        and sampler in (None, row.sampler)
+        and statistic in row.statistic
+    ]
+    return row
+
+
+def claim(*names: str) -> list[Any]:
+    """The claims of these names."""
+    return [one for one in CLAIMS if one.id in names]
+
+
+def change_rows(root: Path, name: str, variant: str, seed: int, change: dict[str, Any], **keys: str) -> None:
+    """Update the rows of a study of one run that have these keys."""
+    folder = root / "toy2d" / variant / str(seed)
+    rows = read_study(folder, name)
+    for row in rows:
+        if all(row[key] == value for key, value in keys.items()):
+            row.update(change)
+    write_study(folder, name, rows)

@@ -1,17 +1,21 @@
 """The claims as data: what each says of itself, and its readings against curves and power laws that are known."""
 
+import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.claims import CHECK, CLAIMS, HARNESS, OWN, PAIRED, Point, minimum_seeds
 from bench.claims import readings as r
+from bench.claims.indm import PUBLISHED_FID
 from bench.report.claims_text import claim_record, p_text
 from bench.report.findings import headline, score
 from bench.report.load import Run
 
+REFERENCE = Path(__file__).parents[1] / "reports" / "reference.csv"
 LISTED = [
     "fast-training",
     "mle-training",
@@ -126,14 +130,40 @@ def test_step_slope_needs_every_step_count_and_positive_distances(tmp_path):
 
 
 def test_published_number_is_compared_with_its_own_kind_only(tmp_path):
-    measure, point = r.published_distance({"data": 2.0}), Point("ddim", "fd", steps=8)
+    measure, point = r.published_distance({("data", "a"): 2.0}), Point("ddim", "fd", steps=8)
     run = sampled(tmp_path, {8: 2.5})
     run.robustness[0]["n"], run.config = "50000", {"evaluate": {"features": "inception"}}
     assert measure(run, [run], point) == pytest.approx(0.5)
     run.robustness[0]["n"] = "1000"
     assert "FID is of 50,000 samples" in measure(run, [run], point)
-    run.dataset = "other"
-    assert "no FID on other" in measure(run, [run], point)
+    run.variant = "b"  # another model of the same data set has no number to stand beside
+    assert measure(run, [run], point) == "no FID of b on data is published"
+    run.dataset, run.variant = "other", "a"
+    assert measure(run, [run], point) == "no FID of a on other is published"
+
+
+def test_published_numbers_are_those_of_the_file():
+    models = {
+        ("celeba64", "indm-vp-fid"): ("INDM", "CelebA"),
+        ("celeba64", "indm-ve"): ("INDM (VE, FID)", "CelebA 64x64"),
+        ("cifar10", "indm-vp-fid"): ("INDM (FID)", "CIFAR-10"),
+    }
+    with open(REFERENCE, newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["metric"] == "fid"]
+    found = {
+        key: [float(row["value"]) for row in rows if (row["model"], row["dataset"]) == model]
+        for key, model in models.items()
+    }
+    assert {key: [value] for key, value in PUBLISHED_FID.items()} == found
+
+
+def test_rows_without_numbers_are_no_crash(tmp_path):
+    blank = sampled(tmp_path, {"": 3.0})
+    assert r.longest_or_adaptive([blank], "fd") == r.longest([blank], "fd") == r.sweeps([blank], "fd") == []
+    assert r.longest_or_adaptive([blank, sampled(tmp_path, {0: 3.0})], "fd") == [Point("ddim", "fd", steps=0)]
+    unnumbered = curve_run(tmp_path, {"": (1.0, 1.0)})
+    said = r.curve_area(r.curve_nelbo)(unnumbered, [unnumbered], Point())
+    assert said == "learning_curve.csv has no number of images"
 
 
 # Words ---------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The claims under test as data: what the papers say, which statistic decides on it, and by which rule.
 
-Everything here is fixed before any result is read: no threshold, side or choice of a statistic is computed from results.
-:mod:`bench.report.claims_table` applies it to the runs of a suite.
+Everything here is fixed before any result is read: no threshold, side or choice of a statistic is computed from
+results. :mod:`bench.report.claims_table` applies it to the runs of a suite.
 """
 
 from bench.claims.definition import (

@@ -34,7 +34,8 @@ BY_SEED = "INDM with its linear counterpart of the same seed: data order, noise 
 INTERVAL_RULE = (
     "supported where the 95 % t interval of the mean over seeds lies wholly on the claim's side of zero and Holm's "
     "corrected p is below 0.05, contradicted where it lies wholly on the other side with the same, else inconclusive; "
-    f"inconclusive below {MINIMUM_SEEDS} seeds ({', '.join(f'{n} in {suite}' for suite, n in MINIMUM_SEEDS_OF.items())})"
+    f"inconclusive below {MINIMUM_SEEDS} seeds "
+    f"({', '.join(f'{n} in {suite}' for suite, n in MINIMUM_SEEDS_OF.items())})"
 )
 
 

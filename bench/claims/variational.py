@@ -81,7 +81,8 @@ CLAIMS = (
             Test(
                 kind=OWN,
                 noun="{quantity}",
-                statistic="{quantity}: log of the bound's one-draw variance under uniform time over that under this one",
+                statistic="{quantity}: log of the bound's one-draw variance under uniform time over that under "
+                "this one",
                 side="positive",
                 needs=("identities.csv",),
                 value=r.identity_difference("debiased-time"),

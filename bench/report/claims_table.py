@@ -35,7 +35,7 @@ from bench.report.protocol import (
     study_protocol,
 )
 from bench.report.study_files import study_of
-from bench.report.tables import NOT_ASKED, Grid, _point_protocol
+from bench.report.tables import NOT_ASKED, Grid, point_protocol
 from bench.statistics import (
     CONTRADICTED,
     INCONCLUSIVE,
@@ -66,6 +66,7 @@ COLUMNS = (
     "p",
     "family",
     "p_holm",
+    "p_holm_suite",
     "verdict_alone",
     "verdict",
     "seeds_needed",
@@ -97,6 +98,7 @@ class Outcome:
     p: float | None = None
     family: int | None = None  # how many comparisons share its correction
     p_holm: float | None = None
+    p_holm_suite: float | None = None  # over all tested rows of the suite; decides nothing
     verdict_alone: str = NOT_MEASURED
     verdict: str = NOT_MEASURED
     seeds_needed: int | None = None
@@ -122,7 +124,8 @@ def judge(
     """Every claim for every pair and data set of the suite, at least one row a claim.
 
     ``quality``: data set -> column of robustness.csv that stands for sample quality; ``units``: data set -> unit of its
-    likelihoods. Holm's correction is over all rows of the suite that have a p and as many seeds as a verdict asks for.
+    likelihoods. Holm's correction is within a data set and pair, across the claims: over its rows that have a p and as
+    many seeds as a verdict asks for.
     """
     if suite in UNJUDGED:
         return [_unmeasured(claim, claim.tests[0], UNJUDGED[suite]) for claim in claims]
@@ -180,23 +183,36 @@ def _apply(
         named = own | {"variant": variant, "baseline": baseline}
         points = test.points(compared, metric)
         if not points:
-            yield _unmeasured(claim, test, _nothing(test, compared, metric), **named)
+            yield _unmeasured(claim, test, _nothing(claim, test, compared, metric), **named)
         for point in points:
             yield _compare(suite, claim, test, compared, named | {"point": point})
 
 
-def _nothing(test: Test, runs: Sequence[Run], metric: str | None) -> str:
+def _nothing(claim: Claim, test: Test, runs: Sequence[Run], metric: str | None) -> str:
     """Why a test has no point at which to compare."""
     if test.study:
-        found = [(run, study_of(run, test.study)) for run in runs]
+        general = f"{test.study}.csv has no such row"
+        readings = {(run.variant, run.seed): _failure(claim, study_of(run, test.study)) or general for run in runs}
     else:
-        found = [(run, run.problems.get(ROBUSTNESS)) for run in runs]
-    readings = {run.seed: reason for run, reason in found if isinstance(reason, str)}
-    if all(isinstance(reason, str) for _, reason in found):
-        return aggregate(readings).status.removeprefix("not measured: ")
-    if test.study:
-        return f"{test.study}.csv has no such row"
-    return "no sampler has enough step counts" if metric else "no distance to the data was measured"
+        general = "no sampler has enough step counts" if metric else "no distance to the data was measured"
+        readings = {(run.variant, run.seed): run.problems.get(ROBUSTNESS) or general for run in runs}
+    if set(readings.values()) == {general}:
+        return general
+    said = {}
+    for name in dict.fromkeys(run.variant for run in runs):
+        said[name] = _plain(aggregate({seed: why for (variant, seed), why in readings.items() if variant == name}))
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"{label(name)}: {why}" for name, why in said.items())
+
+
+def _failure(claim: Claim, rows: Sequence[Mapping[str, Any]] | str) -> str | None:
+    """The first status of a study that is not "ok", of the claim where rows belong to one; or why there is no study."""
+    if isinstance(rows, str):
+        return rows
+    return next(
+        (row["status"] for row in rows if row["status"] != "ok" and row.get("claim") in (None, "", claim.id)), None
+    )
 
 
 def _refusal(test: Test, point: Point, runs: Sequence[Run], variants: Sequence[str]) -> str | None:
@@ -205,7 +221,7 @@ def _refusal(test: Test, point: Point, runs: Sequence[Run], variants: Sequence[s
     for name in test.protocols:
         if name == "robustness":
             counts = step_counts(runs, point.sampler)
-            protocols += [partial(_point_protocol, sampler=point.sampler, steps=steps) for steps in counts]
+            protocols += [partial(point_protocol, sampler=point.sampler, steps=steps) for steps in counts]
         elif name == "study":
             protocols.append(partial(study_protocol, study=test.study))
         else:
@@ -321,7 +337,7 @@ def _images_seen(runs: Sequence[Run], variant: str) -> str:
 
 
 def _in_family(suite: str, row: Outcome) -> bool:
-    return row.p is not None and row.n >= minimum_seeds(suite)
+    return row.p is not None and row.n >= minimum_seeds(suite) and row.decided_by != IMAGES
 
 
 def families(suite: str, rows: Sequence[Outcome]) -> dict[tuple[str, str, str], int]:
@@ -334,17 +350,21 @@ def _family(row: Outcome) -> tuple[str, str, str]:
 
 
 def correct(suite: str, rows: Sequence[Outcome]) -> list[Outcome]:
-    """Verdicts after Holm's correction, and how many seeds would decide each row at its family's strictest level."""
+    """Verdicts after Holm's correction within each family, the correction over all tested rows of the suite, and how
+    many seeds would decide each row at its family's strictest level.
+    """
     sizes, least = families(suite, rows), minimum_seeds(suite)
     adjusted = {
         key: iter(holm([row.p for row in rows if _in_family(suite, row) and _family(row) == key])) for key in sizes
     }
+    over_all = iter(holm([row.p for row in rows if _in_family(suite, row)]))
     corrected = []
     for row in rows:
         size = sizes.get(_family(row), 0)
         if _in_family(suite, row):
             p = next(adjusted[_family(row)])
-            row = replace(row, p_holm=p, family=size, verdict=corrected_verdict(row.verdict_alone, p, FAMILY_LEVEL))
+            row = replace(row, p_holm=p, p_holm_suite=next(over_all), family=size)
+            row = replace(row, verdict=corrected_verdict(row.verdict_alone, p, FAMILY_LEVEL))
         if row.p is not None:
             needed = seeds_needed(row.estimate, row.sd, level=FAMILY_LEVEL / max(size, 1))
             if needed is None and row.estimate:

@@ -112,6 +112,7 @@ def _suite(folder: Path, root: Path, widths: tuple[int, int]) -> dict[str, Any]:
         "unmeasured": _unmeasured(summary),
         "board": _board(summary),
         "score": score(summary["findings"]),
+        **_against(summary["findings"]),
         "figures": [_figure(folder / "figures" / name, summary, widths[0]) for name in summary["figures"]],
         "pictures": _pictures(folder / "figures", summary, widths[1]),
         "tables": [
@@ -124,6 +125,22 @@ def _suite(folder: Path, root: Path, widths: tuple[int, int]) -> dict[str, Any]:
         "hardware": _hardware(summary["provenance"]),
         "alone": score([f | {"verdict": f["verdict_alone"]} for f in summary["findings"] if f["p_holm"] is not None]),
     }
+
+
+def _against(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the sentence under a suite's tally counts, each where it may be said.
+
+    "paired": verdicts of INDM against its linear counterpart; "other": of what else is compared, which is not about
+    the linear diffusion; "failed": how many checks of identities and inequalities came out against them.
+    """
+    # here, because the claims read result files with the loaders of this package
+    from bench.claims import PAIRS
+
+    tested = [finding for finding in findings if finding["side"] != "equal"]
+    paired = [finding for finding in tested if (finding["variant"], finding["baseline"]) in PAIRS]
+    other = [finding for finding in tested if (finding["variant"], finding["baseline"]) not in PAIRS]
+    checks = score([finding for finding in findings if finding["side"] == "equal"])
+    return {"paired": score(paired), "other": score(other), "failed": checks.get("contradicted", 0)}
 
 
 def _claims(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ def split_of(run: Run) -> Line | str:
 
     With p_SDE the density of the generative SDE: gap = variational + sde_to_ode, where variational = NELBO −
     (−log p_SDE) and sde_to_ode = (−log p_SDE) − NLL, all of the same images. NELBO and −log p_SDE are limits of a fine
-    grid, 2 v(N) − v(N/2) for each image, as in :func:`bench.studies.gap_split.limits`; with one grid, the values on it.
+    grid, 2 v(N) − v(N/2) for each image; with one grid, the values on it.
     NLL is that of the ODE in the study's own file: the one of per_image.npz has a single draw of its residual.
     ``*_se`` are standard errors over images, ``sde_se`` that of the paths on the finest grid. ``grid_change`` is the
     limit of −log p_SDE minus its value on the finest grid; ``chain_excess`` the bound of the finest grid's chain minus

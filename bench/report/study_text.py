@@ -150,7 +150,10 @@ def _reading(name: str, rows: Sequence[Row]) -> str:
             f"into {sizes('bins')} cells. Two samples of one law of this size are the TV of equal laws apart: a TV "
             "near it is no distance, and the estimation and discretisation terms are not below it either, so the "
             "measured bound is above the true one. “Holds in” counts the seeds in which the measured TV exceeds the "
-            f"bound by no more than that, with two standard errors added. {WITHIN}"
+            "bound by no more than two of its standard errors. The measured shares obey the inequality by themselves "
+            "up to the draws that A and B share, the fine reverse processes from the diffused data and from the "
+            "prior, between which the prior term stands: the check guards the measurement and is no evidence by "
+            f"itself. {WITHIN}"
         )
     if name == "conventions":
         return (

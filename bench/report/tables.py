@@ -241,15 +241,15 @@ def _fill_robustness(table: Table, grid: Grid) -> None:
         flat = _curve_units(grid.of(dataset)) == "nats"
         points = {_point(line): None for run in runs for line in run.robustness} or {("", None): None}
         for sampler, steps in points:
-            refused = refusals(grid.of(dataset), partial(_point_protocol, sampler=sampler, steps=steps)).get(variant)
+            refused = refusals(grid.of(dataset), partial(point_protocol, sampler=sampler, steps=steps)).get(variant)
             keys = {"dataset": dataset, "kind": "run", "variant": variant, "sampler": sampler, "steps": steps}
             row = Row(keys)
-            lines = {run.seed: _line(run, sampler, steps) for run in runs}
+            lines = {run.seed: robustness_line(run, sampler, steps) for run in runs}
             for metric in table.metrics:
                 if metric not in defined[dataset] and defined[dataset]:
                     row.cells[metric] = Cell(None, _undefined(metric, flat))
                     continue
-                readings = {run.seed: _quality_reading(run, lines[run.seed], metric) for run in runs}
+                readings = {run.seed: quality_reading(run, lines[run.seed], metric) for run in runs}
                 row.cells[metric] = aggregate(readings, refused if metric != "seconds" else None)
             row.extra["samples"] = _common(line.get("n") for line in lines.values() if line)
             row.extra["detail"] = refused or ""
@@ -261,12 +261,14 @@ def _point(line: Mapping[str, str]) -> tuple[str, int | None]:
     return line.get("sampler", ""), None if steps is None else int(steps)
 
 
-def _line(run: Run, sampler: str, steps: int | None) -> dict[str, str] | None:
+def robustness_line(run: Run, sampler: str, steps: int | None) -> dict[str, str] | None:
+    """The run's row of robustness.csv for a sampler and step count; None where it has none."""
     return next((line for line in run.robustness if _point(line) == (sampler, steps)), None)
 
 
-def _point_protocol(run: Run, sampler: str, steps: int | None) -> dict[str, Any] | None:
-    line = _line(run, sampler, steps)
+def point_protocol(run: Run, sampler: str, steps: int | None) -> dict[str, Any] | None:
+    """How the samples of one sampler and step count were measured; None where the run has none."""
+    line = robustness_line(run, sampler, steps)
     return None if line is None else robustness_protocol(run, line)
 
 
@@ -278,7 +280,8 @@ def _undefined(metric: str, flat: bool) -> str:
     return NOT_ASKED
 
 
-def _quality_reading(run: Run, line: Mapping[str, str] | None, metric: str) -> Reading:
+def quality_reading(run: Run, line: Mapping[str, str] | None, metric: str) -> Reading:
+    """One metric of a row of :func:`robustness_line`, or the reason why it has no number."""
     if line is None:
         return run.problems.get(ROBUSTNESS) or "no row for this sampler and step count"
     number = finite(line.get(metric))
