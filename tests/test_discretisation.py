@@ -179,6 +179,12 @@ def test_values_do_not_depend_on_the_chunks(monkeypatch):
     assert measure(context(model, monkeypatch), steps=[3], samples=300, fine=6) == whole
 
 
+def test_latents_that_are_not_finite_are_a_status(monkeypatch):
+    model = gaussian_model(VPSDE(), 2, MEAN, STD, flow=AffineFlow(math.inf, 0.0))
+    rows = measure(context(model, monkeypatch), steps=[3, 4], samples=50, fine=4)
+    assert rows == [{"status": "not defined: latents are not all finite"}]
+
+
 def test_what_has_no_density_says_so(monkeypatch):
     model = gaussian_model(VPSDE(), 2)
     plane = context(model, monkeypatch)

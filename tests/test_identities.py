@@ -89,6 +89,22 @@ def test_every_quantity_sees_a_flow_that_is_almost_the_identity():
     assert all(value > 1e-6 for value, _ in found.values()), found
 
 
+def test_two_failures_are_no_agreement(monkeypatch):
+    def lost(self, x, *args, **options):
+        return torch.full((len(x),), math.nan)
+
+    monkeypatch.setattr(INDM, "nelbo_parts", lambda *args, **options: {"prior": lost(*args)})
+    monkeypatch.setattr(special_case.LinearDiffusion, "nelbo", lost)
+    run = context(network(VPSDE()), gaussian_points().float())
+    rows = {row["quantity"]: row for row in identities._special_case(run, 4)}
+    assert rows["nelbo"]["status"].startswith("not defined: not finite") and rows["nelbo"]["value"] is None
+    assert rows["nll"]["status"] == "ok" and rows["nll"]["value"] == 0
+    infinite = torch.full((2,), math.inf)
+    assert math.isnan(special_case._largest(infinite, infinite))
+    assert math.isnan(special_case._largest(torch.zeros(2), infinite))
+    assert special_case._largest(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])) == 0.5
+
+
 def test_another_flow_is_no_special_case():
     rows = identities._special_case(context(exact(VPSDE(), AffineFlow()), gaussian_points()), 8)
     assert len(rows) == len(special_case.QUANTITIES)

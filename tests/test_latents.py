@@ -1,5 +1,6 @@
 """The study of the flow's role against closed forms and quadrature, in float64."""
 
+import csv
 import math
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from bench.data import make_dataset
 from bench.options import signature_schema
-from bench.studies import Context, latents
+from bench.studies import Context, conduct, identities, latents
 from bench.studies.entropy import gaussian_entropy, neighbour_entropy, smoothed_negentropy
 from bench.studies.resampling import jackknife, kept_rows, mean_and_error
 from models.indm import INDM
@@ -234,3 +235,33 @@ def test_smoothed_negentropy_by_quadrature():
     truth = 0.5 * math.log(2 * math.pi * math.e * variance) - entropy
     value, se = mean_and_error(terms)
     assert abs(value - truth) < 4 * se and se < 0.01
+
+
+def test_a_number_that_is_not_finite_has_no_row():
+    for value, se in ((math.nan, 0.1), (0.1, math.nan), (0.1, math.inf)):
+        row = latents._row(0, "variance", 9, value=value, se=se)
+        assert row["value"] is row["se"] is None and row["status"].startswith("not defined: not finite")
+    assert latents._row(0, "variance", 9, value=0.1, se=0.0)["status"] == "ok"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_study_with_a_number_that_is_not_finite_does_not_stop_the_others(number, tmp_path, monkeypatch):
+    def broken(context, **options):
+        return [{"time": 0, "quantity": "variance", "value": number, "se": 0.1, "n": 3, "status": "ok"}]
+
+    def sound(context, **options):
+        return [{"claim": "special-case", "value": 0.0, "status": "ok"}]
+
+    monkeypatch.setattr(latents, "measure", broken)
+    monkeypatch.setattr(identities, "measure", sound)
+    run = SimpleNamespace(evaluate=SimpleNamespace(studies={"latents": {}, "identities": {}}))
+    conduct(Context(None, run, None, torch.device("cpu")), tmp_path)
+    (row,) = csv.DictReader((tmp_path / "latents.csv").open())
+    assert row["status"].startswith("not measured: latents: value = ") and set(row) == set(latents.COLUMNS)
+    assert not any(row[name] for name in row if name != "status")
+    (row,) = csv.DictReader((tmp_path / "identities.csv").open())
+    assert row["status"] == "ok"
+    # a column that the study does not have is a mistake of the program
+    monkeypatch.setattr(latents, "measure", lambda context: [{"mean": 1.0}])
+    with pytest.raises(ValueError, match="'mean'"):
+        conduct(Context(None, run, None, torch.device("cpu")), tmp_path)

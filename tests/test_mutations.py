@@ -5,14 +5,18 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import test_gap_split
+import test_statistics
 import torch
 from safetensors.torch import load_file
 from test_train import tiny_run
 
 from bench import likelihood, train
+from bench.studies import paths
 from bench.truth import component_rows, likelihood_rows
 from bench.truth.averages import average_rows, weighted_average
-from models import integrators
+from bench.truth.rows import BOUND, Case
+from models import integrators, time_sampling
 from models.indm import INDM
 from models.noise import normal
 from models.samplers import SAMPLERS
@@ -83,6 +87,10 @@ def normaliser_five_percent_off(monkeypatch):
     wrap(monkeypatch, LinearSDE, "importance_time", lambda result, *_: (result[0], 1.05 * result[1]))
 
 
+def normaliser_of_debiased_times_five_percent_off(monkeypatch):
+    wrap(monkeypatch, time_sampling, "debiased_share", lambda result, *_: (result[0], 1.05 * result[1]))
+
+
 def drift_integral_dropped(monkeypatch):
     monkeypatch.setattr(LinearSDE, "log_alpha", lambda self, t: 0.0)
 
@@ -139,6 +147,7 @@ CHECKS = {
     "units": lambda: component_rows.offset_rows(200),
     "laws of samplers": lambda: component_rows.sampler_rows("ve"),
     "averages": average_rows,
+    "proposals of vp": lambda: likelihood_rows.proposal_rows("vp", ("debiased",)),
 }
 
 MUTATIONS = [
@@ -154,6 +163,7 @@ MUTATIONS = [
     (offset_of_the_unit_interval, "units", "a known law of pixels"),
     (normaliser_five_percent_off, "training losses", "bound loss"),
     (normaliser_five_percent_off, "process of sub-VP", "Z from 1e-05, published"),
+    (normaliser_of_debiased_times_five_percent_off, "proposals of vp", "NELBO diffusion, debiased times"),
     (drift_integral_dropped, "bound of vp", "NELBO diffusion"),
     (subvp_with_the_diffusion_of_vp, "process of sub-VP", "diffusion g"),
     (corrector_step_one_percent_short, "laws of samplers", "law at 16 steps, recursion"),
@@ -185,6 +195,12 @@ def test_a_mutation_is_caught(mutate, check, estimator, monkeypatch):
     mutate(monkeypatch)
     rows = [row for row in CHECKS[check]() if not row.ok]
     assert estimator in {row.estimator for row in rows}
+
+
+def test_a_likelihood_with_a_loose_bound_is_no_check():
+    case = Case(BOUND, "problem", "vp")
+    assert case.row("tight", 1.0, 1.0, se=3e-3).ok and not case.row("loose", 1.0, 1.0, se=4e-3).ok
+    assert case.row("other unit", 1.0, 1.0, floor=4.0, unit="se").ok
 
 
 @pytest.fixture
@@ -228,3 +244,41 @@ def test_saved_weights_are_the_average_over_the_run(trained):
 def test_saving_the_live_weights_instead_is_caught(trained, monkeypatch):
     average_not_applied(monkeypatch)
     assert deviation(*trained()) > 1e-3
+
+
+# Checks that are tests of their own: they pass, and fail with the mutation -------------------------------------------
+
+
+def backward_variance_of_the_posterior_alone(monkeypatch):
+    """R = 1: what is uncertain about z_0 is left out of the backward kernel."""
+    original = paths._log_ratio_of_kernels
+    monkeypatch.setattr(paths, "_log_ratio_of_kernels", lambda error, xi, step, _: original(error, xi, step, 0.0))
+
+
+def joint_noise_in_equal_parts(monkeypatch):
+    """The coarse grid's noise still standard normal, but not that of its path."""
+    monkeypatch.setattr(paths, "_joint", lambda first, second, *_: (first + second) / 2**0.5)
+
+
+def holm_without_step_down(monkeypatch):
+    """Bonferroni's correction: every p times the size of the family."""
+    monkeypatch.setattr(test_statistics, "holm", lambda values: [min(1.0, len(values) * p) for p in values])
+
+
+def path_densities():
+    test_gap_split.test_weight_is_the_ratio_of_the_two_path_densities("vp")
+
+
+@pytest.mark.parametrize(
+    ("mutate", "check"),
+    [
+        (backward_variance_of_the_posterior_alone, path_densities),
+        (joint_noise_in_equal_parts, path_densities),
+        (holm_without_step_down, test_statistics.test_holm_by_hand),
+    ],
+)
+def test_a_mutation_fails_the_test_of_its_part(mutate, check, monkeypatch):
+    check()
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()

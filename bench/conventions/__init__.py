@@ -95,8 +95,9 @@ _ALL = (
     Convention(
         "sb-stochastic-path",
         "NLL along a stochastic path",
-        "The divergence of the probability-flow velocity is summed along a path of the noisy forward SDE, 100 Euler "
-        "steps, instead of along the ODE: right only in expectation and only for the exact score.",
+        "The divergence of the probability-flow velocity is summed along a path of the noisy forward SDE, by Euler's "
+        "method on a grid of 100 times, instead of along the ODE: right only in expectation and only for the exact "
+        "score. Steps are the grid's spacing; the official step, T / interval, is not reproduced.",
         "SB-FBSDE's code",
         ("NLL",),
         "path.stochastic_path",

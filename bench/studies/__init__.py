@@ -1,8 +1,8 @@
 """Studies: further measurements of one trained run, chosen under ``evaluate.studies`` of a suite.
 
 A study is a module with ``COLUMNS``, the columns of its CSV file, and ``measure(context, *, options...) -> rows``; the
-annotations of its options are the schema of its settings. Rows are plain mappings; what cannot be measured is a row
-whose ``status`` starts with "not defined" and gives the reason.
+annotations of its options are the schema of its settings. Rows are plain mappings with a ``status``: "ok"; or "not
+defined" and the reason, of a number that does not exist; or, of a study that failed as a whole, "not measured" and why.
 """
 
 from __future__ import annotations
@@ -78,16 +78,22 @@ def conduct(context: Context, folder: Path) -> None:
         if name not in asked:
             (folder / f"{name}.csv").unlink(missing_ok=True)  # of an earlier configuration
     for name, options in asked.items():
-        module = study(name)
+        module, path = study(name), folder / f"{name}.csv"
         try:
-            rows = module.measure(context, **options)
-        except (FlowInverseError, IntegrationError, NotDefined) as error:
-            rows = [{"status": f"not measured: {' '.join(str(error).split())}"}]
-        write_rows(folder / f"{name}.csv", module.COLUMNS, rows)
+            write_rows(path, module.COLUMNS, module.measure(context, **options))
+        except (FlowInverseError, IntegrationError, NotDefined, NotFinite) as error:
+            write_rows(path, module.COLUMNS, [{"status": f"not measured: {' '.join(str(error).split())}"}])
+
+
+class NotFinite(ValueError):
+    """A row holds NaN or infinity where a status should stand."""
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as CSV, atomically; a blank where a row has None. Raises ValueError for NaN or infinity."""
+    """Rows as CSV, atomically; a blank where a row has None.
+
+    Raises NotFinite for NaN or infinity, ValueError for a column that is not one of ``columns``.
+    """
     import pandas as pd
 
     from bench.files import write_text_atomic
@@ -98,5 +104,5 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
             raise ValueError(f"{path.stem}: a row has the column {unknown[0]!r}; accepted: {', '.join(columns)}")
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{path.stem}: {key} = {value} in {dict(row)}; a status must stand for it")
+                raise NotFinite(f"{path.stem}: {key} = {value} in {dict(row)}; a status must stand for it")
     write_text_atomic(path, pd.DataFrame(list(rows), columns=list(columns), dtype=object).to_csv(index=False))

@@ -49,7 +49,8 @@ def measure(
     ``images`` test images, ``times`` noise levels of a bound, ``draws`` pairs of noise draws at eps, ``samples``
     samples by the probability-flow ODE at ``tolerance``, ``steps`` of the stochastic path. Likelihoods use the run's
     own tolerances and probes. ``se`` is over images or samples, paired; ``closed_form`` is the same difference by
-    theory, without the convention's own arithmetic, and ``closed_form_se`` its error where it is estimated.
+    theory, without the convention's own arithmetic; ``closed_form_se`` is the standard error of difference - closed
+    form, paired by image. Where it is blank, the closed form is exact for these samples and that error is ``se``.
     """
     case = Case(context, images, times, draws, samples, steps, tolerance)
     return [row for convention in CONVENTIONS.values() for row in conduct(convention, case)]

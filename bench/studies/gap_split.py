@@ -3,18 +3,16 @@
 NELBO bounds -log p_SDE; the tabulated NLL is -log p_ODE, another process. With p_SDE known, NELBO - NLL splits into
 NELBO + log p_SDE, the *variational part*, at least 0, and log p_ODE - log p_SDE, the *SDE-to-ODE part*, of either sign.
 
-log p_SDE(x) is log mean w over paths of the forward diffusion from h(x) plus log|det dh/dx|, w the ratio of the two path
-densities (:func:`bench.studies.paths.log_weights`; Huang, Lim, Courville 2021, arXiv 2106.02808, read the NELBO as the
-mean of log w). The decoder at eps is that of the NELBO, so the two are about the same variable.
+log p_SDE(x) is log mean w over paths of the forward diffusion from h(x) plus log|det dh/dx|, w the ratio of the two
+path densities (:func:`bench.studies.paths.log_weights`; Huang, Lim, Courville 2021, arXiv 2106.02808, read the NELBO as
+the mean of log w). The decoder at eps is that of the NELBO, so the two are about the same variable.
 
--log p_ODE is the tabulated NLL, corrected at eps, but for the variance of its residual, which is a nat for each image
-when its noise is drawn once and would bury the parts.
+-log p_ODE is the tabulated NLL, corrected at eps, with the mean of many draws of its residual in place of one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -89,7 +87,9 @@ def measure(
 
     ``nelbo`` = -mean log w is the chain's own bound, ``sde`` = -log p_SDE with its error over paths ``sde_se``, ``ode``
     = -log p_ODE, the same on both grids; all include the residual at eps and the flow. The two grids share their paths,
-    so that their difference is the discretisation; see :func:`limits`. Raises IntegrationError where the ODE fails.
+    so that their difference is the discretisation. The error of a chain is c / steps to first order (its kernels' local
+    error is quadratic in the step) with one c for both, so that 2 v(steps) - v(steps / 2) is the limit of a fine grid.
+    Raises IntegrationError where the ODE fails.
     """
     problem = undefined(context)
     if problem:
@@ -119,19 +119,3 @@ def measure(
                 values, status = dict.fromkeys(values), "not defined: a density is not finite"
             rows.append({"image": i, "steps": grid, "paths": paths, **values, "status": status})
     return rows
-
-
-def limits(rows: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float]]:
-    """image -> (nelbo, sde) in the limit of a fine grid, 2 v(N) - v(N/2), from the rows of one run.
-
-    The error of a chain is c / N to first order (its kernels' local error is quadratic in the step), with one c for both
-    grids, because they share their paths. Images that lack a row are left out.
-    """
-    values = {(int(r["image"]), int(r["steps"])): r for r in rows if r["status"] == "ok"}
-    finest = max((grid for _, grid in values), default=0)
-    result = {}
-    for image, grid in values:
-        if grid == finest and (image, finest // 2) in values:
-            fine, half = values[image, finest], values[image, finest // 2]
-            result[image] = tuple(2 * fine[key] - half[key] for key in ("nelbo", "sde"))
-    return result

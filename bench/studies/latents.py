@@ -171,8 +171,8 @@ def _end(context: Context, z: Tensor, alpha: float, sigma: float) -> dict[str, A
 def _row(
     time: int, quantity: str, n: int, reason: str | None = None, value: float | None = None, se: float | None = None
 ) -> dict[str, Any]:
-    if reason is None and not math.isfinite(value):
-        reason, value, se = f"the estimate is {value}", None, None
+    if reason is None and not (math.isfinite(value) and math.isfinite(se)):
+        reason, value, se = f"not finite: value {value}, se {se}", None, None
     status = "ok" if reason is None else f"not defined: {reason}"
     return {"time": time, "quantity": quantity, "value": value, "se": se, "n": n, "status": status}
 

@@ -1,16 +1,17 @@
 """Chains of Gaussian kernels for the generative SDE of a latent diffusion: path weights and samples.
 
-A grid of N + 1 times from eps to 1 turns forward and reverse diffusion into chains. Given z_0, the *forward* chain is exact: its noise n = (z - alpha z_0) / sigma is an Ornstein-Uhlenbeck process
-in lambda = log(sigma / alpha), n_s = rho n_t + sqrt(1 - rho^2) xi for neighbours s < t at distance d, with rho = e^-d
-and standard normal xi independent of z_t, whatever the linear SDE. It can thus be drawn downwards from z_1.
+A grid of N + 1 times from eps to 1 turns forward and reverse diffusion into chains. Given z_0, the *forward* chain is
+exact: its noise n = (z - alpha z_0) / sigma is an Ornstein-Uhlenbeck process in lambda = log(sigma / alpha),
+n_s = rho n_t + sqrt(1 - rho^2) xi for neighbours s < t at distance d, with rho = e^-d and standard normal xi
+independent of z_t, whatever the linear SDE. It can thus be drawn downwards from z_1.
 
 The *backward* kernel from t to s has the mean of q(z_s | z_t, z_0) at the predicted z_0 = (z_t - sigma n_hat) / alpha.
 For the exact score that is E[z_s | z_t] without any error of discretisation, because the mean of q is affine in z_0 and
 Tweedie's formula gives E[z_0 | z_t]. Its variance is that of q times R = 1 + k^2 E|n_hat - n|^2 / D, where
 k^2 = e^{2d} - 1: the uncertainty of z_0 given z_t is added, averaged over the data (the best isotropic variance that
 does not depend on z_t; Bao et al. 2022, arXiv 2201.06503, theorem 1, with the model's own error for its estimate).
-For Gaussian data of variance c^2 I the kernel is then exact at every d. Since R = 1 + O(d), the chain tends to the plug-in
-reverse SDE dz = [f z - g^2 score] dt + g dw as N grows, for any score and any estimate of E|n_hat - n|^2.
+For Gaussian data of variance c^2 I the kernel is then exact at every d. Since R = 1 + O(d), the chain tends to the
+plug-in reverse SDE dz = [f z - g^2 score] dt + g dw as N grows, for any score and any estimate of E|n_hat - n|^2.
 
 With q(z_s | z_t, z_0) = N(mu, V I), z_s = mu + sqrt(V) xi and e = n_hat - n at t, the kernel's mean is
 mu - k sqrt(V) e, so that both densities need xi and e only: no small difference of large numbers is formed.
@@ -30,11 +31,9 @@ from models.sde import LinearSDE
 
 Noise = Callable[[Tensor, Tensor], Tensor]
 LOG_2PI = math.log(2 * math.pi)
-_FOCUS, _WIDTH, _TABLE = (
-    0.6,
-    0.6,
-    20_001,
-)  # share of the focused steps, width of their law in nats, nodes of its inverse
+_FOCUS = 0.6  # share of the focused steps
+_WIDTH = 0.6  # of their law, nats
+_TABLE = 20_001  # nodes of its inverse
 
 
 def ascending_times(sde: LinearSDE, steps: int, std: float | None = None) -> Tensor:
@@ -85,6 +84,15 @@ def _log_ratio_of_kernels(error: Tensor, xi: Tensor, step: float, mean_error: fl
     return 0.5 * (_squares(xi) - _squares(xi + math.sqrt(square) * error) / spread - dims * math.log(spread))
 
 
+def _joint(first: Tensor, second: Tensor, before: float, step: float) -> Tensor:
+    """The xi of one step of length ``before`` + ``step`` that two with ``first`` and ``second`` make together.
+
+    n two nodes down is rho' rho n + rho' sqrt(1 - rho^2) first + sqrt(1 - rho'^2) second, rho' of the second step.
+    """
+    own, earlier = (math.sqrt(-math.expm1(-2 * length)) for length in (step, before))
+    return (math.exp(-step) * earlier * first + own * second) / math.sqrt(-math.expm1(-2 * (before + step)))
+
+
 @torch.no_grad()
 def log_weights(
     noise: Noise, sde: LinearSDE, z0: Tensor, times: Tensor, errors: Tensor, generator: Generator = None
@@ -114,17 +122,12 @@ def log_weights(
         error = _predict(noise, z, times[i], z0.dtype) - n
         step, xi = nodes[i] - nodes[i - 1], draw()
         fine += _log_ratio_of_kernels(error, xi, step, levels[i])
-        rho = math.exp(-step)
         if i % 2 == 0:
             first, double_error = xi, error
         else:
-            # n two nodes down is rho' rho n + sqrt(1 - rho^2) rho' first + sqrt(1 - rho'^2) xi, rho' of this step
             wide = nodes[i + 1] - nodes[i - 1]
-            before = math.sqrt(-math.expm1(-2 * (wide - step)))
-            own = math.sqrt(-math.expm1(-2 * step))
-            joint = (rho * before * first + own * xi) / math.sqrt(-math.expm1(-2 * wide))
-            coarse += _log_ratio_of_kernels(double_error, joint, wide, levels[i + 1])
-        n = rho * n + math.sqrt(-math.expm1(-2 * step)) * xi
+            coarse += _log_ratio_of_kernels(double_error, _joint(first, xi, wide - step, step), wide, levels[i + 1])
+        n = math.exp(-step) * n + math.sqrt(-math.expm1(-2 * step)) * xi
         z = alphas[i - 1] * clean + sigmas[i - 1] * n
     error = _predict(noise, z, times[0], z0.dtype) - n
     decoder = -0.5 * _squares(error) - dims * (math.log(sigmas[0] / alphas[0]) + 0.5 * LOG_2PI)

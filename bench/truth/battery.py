@@ -33,6 +33,7 @@ from bench.truth.likelihood_rows import (
     bound_rows,
     eps_rows,
     ode_rows,
+    proposal_rows,
     training_rows,
 )
 from bench.truth.noise_rows import NOISE, noise_rows
@@ -44,7 +45,7 @@ __all__ = ["GROUPS", "Row", "print_battery", "run_battery", "run_group", "summar
 # group -> functions of one SDE's name; those of COMMON need none
 PER_SDE: dict[str, tuple[Callable[[str], list[Row]], ...]] = {
     PROCESSES: (process_rows,),
-    BOUND: (bound_rows, bound_identities),
+    BOUND: (bound_rows, bound_identities, proposal_rows),
     ODE: (ode_rows, eps_rows),
     TRAINING: (training_rows,),
     DENSITIES: (density_rows,),
