@@ -163,7 +163,7 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
     """What must agree before two likelihoods or two distances may share a table."""
     settings = run.evaluate
     return {
-        "eps": model.sde.eps,
+        "eps": model.sde.eps if hasattr(model, "sde") else 0.0,  # a chain begins at the data itself
         "dequantiser": "uniform",
         "weights": "ema",
         "nelbo_repeats": settings.nelbo_repeats,

@@ -223,7 +223,7 @@ class Trainer:
         # dropout is the only consumer of the global generator
         torch.manual_seed(derive_seed(self.run.seed, "dropout", self.step, self.accelerator.process_index))
         for index, phase in enumerate(self.phases):
-            if self.step % phase.every:
+            if not phase.due(self.step):
                 continue
             for optimizer in self.prepared.values():
                 optimizer.zero_grad(set_to_none=True)

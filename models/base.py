@@ -19,13 +19,18 @@ class Phase:
 
     ``parameters``: named groups, each with its own learning rate and gradient clipping ("score", "flow").
     ``loss_fn``: (x of shape (B, ...), StepRandom) -> (scalar to minimise, named terms (scalars, nats/dim) for the record).
-    ``every``: the phase runs at steps divisible by it.
+    ``every``: the phase runs at steps divisible by it; ``when``: and only where this function of the step is true.
     """
 
     name: str
     parameters: dict[str, list[nn.Parameter]]
     loss_fn: Callable[[Tensor, StepRandom], Loss]
     every: int = 1
+    when: Callable[[int], bool] | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the phase runs at this training step."""
+        return step % self.every == 0 and (self.when is None or self.when(step))
 
 
 class Model(nn.Module, ABC):

@@ -66,13 +66,13 @@ def flow_field(noise: Callable[[Tensor, Tensor], Tensor], sde: LinearSDE, probes
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             output = noise(scale * leaf, t)
-            trace = _exact_trace(output, leaf) if isinstance(probes, str) else _probed_trace(output, leaf, probes)
+            trace = exact_trace(output, leaf) if isinstance(probes, str) else probed_trace(output, leaf, probes)
         return b_wide * (output.detach() - b_wide * u), b * (trace - b * u[0].numel())
 
     return field
 
 
-def _probed_trace(output: Tensor, leaf: Tensor, probes: Tensor) -> Tensor:
+def probed_trace(output: Tensor, leaf: Tensor, probes: Tensor) -> Tensor:
     total = 0.0
     for k, probe in enumerate(probes):
         (product,) = torch.autograd.grad(output, leaf, probe, retain_graph=k + 1 < len(probes))
@@ -80,7 +80,7 @@ def _probed_trace(output: Tensor, leaf: Tensor, probes: Tensor) -> Tensor:
     return total / len(probes)
 
 
-def _exact_trace(output: Tensor, leaf: Tensor) -> Tensor:
+def exact_trace(output: Tensor, leaf: Tensor) -> Tensor:
     flat = output.flatten(1)
     dims = flat.shape[1]
     columns = []

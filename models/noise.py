@@ -126,9 +126,34 @@ class StepRandom:
         source = self.generator(purpose)
         return self._own(torch.rand((self.batch_size, *shape), generator=source, device=self.device, dtype=dtype))
 
+    def source(self, purpose: str) -> RowGenerator:
+        """A stream of draws for this process's samples, as functions of (seed, step, purpose) and the global index."""
+        return RowGenerator(self, purpose)
+
     def stratified(self, purpose: str, dtype=None) -> Tensor:
         """Uniforms (count,) that cover [0, 1) evenly over the global batch: one random shift of a regular grid."""
         source = self.generator(purpose)
         shift = torch.rand((), generator=source, device=self.device, dtype=dtype)
         grid = torch.arange(self.batch_size, device=self.device, dtype=shift.dtype) / self.batch_size
         return self._own((grid + shift) % 1.0)
+
+
+class RowGenerator(IndexedGenerator):
+    """The samples of one training step as a source of noise: draw d is that of the purpose "<purpose> d"."""
+
+    def __init__(self, random: StepRandom, purpose: str):
+        self.random, self.purpose, self._draws = random, purpose, 0
+        first, count = random.rows
+        self.index = torch.arange(first, first + count)
+
+    def _next(self) -> str:
+        self._draws += 1
+        return f"{self.purpose} {self._draws}"
+
+    def uniform(self, shape, device=None, dtype=None) -> Tensor:
+        """Uniforms in [0, 1) of ``shape`` (count, ...)."""
+        return self.random.uniform(self._next(), shape[1:], dtype)
+
+    def normal(self, shape, device=None, dtype=None) -> Tensor:
+        """Standard normals of ``shape`` (count, ...)."""
+        return self.random.normal(self._next(), shape[1:], dtype)

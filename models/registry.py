@@ -15,6 +15,8 @@ from models.sde import VESDE, VPSDE, SubVPSDE
 COMPONENTS: dict[str, dict[str, type]] = {
     "sde": {"vp": VPSDE, "subvp": SubVPSDE, "ve": VESDE},
     "score": {"ncsnpp": NCSNpp, "mlp": ScoreMLP},
+    # a learned forward drift is a network of the same kind
+    "drift": {"ncsnpp": NCSNpp, "mlp": ScoreMLP},
     "flow": {"identity": Identity, "residual": ResidualFlow},
 }
 MODELS: dict[str, type[Model]] = {"indm": INDM}

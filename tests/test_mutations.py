@@ -58,7 +58,7 @@ def prior_a_tenth_too_wide(monkeypatch):
 
 
 def probes_summed(monkeypatch):
-    wrap(monkeypatch, integrators, "_probed_trace", lambda trace, output, leaf, probes: trace * len(probes))
+    wrap(monkeypatch, integrators, "probed_trace", lambda trace, output, leaf, probes: trace * len(probes))
 
 
 def log_determinant_flipped(monkeypatch):

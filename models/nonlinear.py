@@ -1,0 +1,210 @@
+"""Diffusions whose forward process is learned in data space: what DiffFlow and Schrodinger bridges share.
+
+dx = F(x, t) dt + g(t) dw from data at t_0 to the prior at t_N; in reverse time dx = R(x, t) ds + g(t) dw. In this
+notation every such model has score s = (F + R) / g^2 and probability-flow velocity (F - R) / 2, so that one chain
+bound, one ODE likelihood and one sampler serve all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.base import Model, NotDefined
+from models.chain import Kernel, backward_path, chain_bound
+from models.integrators import Field, dormand_prince, exact_trace, hutchinson_probes, probed_trace
+from models.noise import Generator, normal
+
+
+class TimedNetwork(nn.Module):
+    """drift(x, t) = factor * net(x, condition of t): a score network used as a drift on [t_0, t_N].
+
+    ``net`` is any entry of the registry of score networks. Its condition covers the range that it was made for.
+    """
+
+    def __init__(self, net: nn.Module, start: float, end: float, factor: float):
+        super().__init__()
+        self.net, self.start, self.end, self.factor = net, start, end, factor
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """t (B,) in [t_0, t_N] -> a field of x's shape."""
+        position = (t - self.start) / (self.end - self.start)
+        kind = self.net.time_input
+        if kind == "time999":
+            condition = 999.0 * position
+        else:
+            condition = 12.0 * position - 6.0
+            condition = condition.exp() if kind == "sigma" else condition
+        return self.factor * self.net(x, condition)
+
+
+class NonlinearDiffusion(Model):
+    """A chain on ``times`` (N + 1,) with learned drifts in both directions; prior N(0, prior_std^2 I).
+
+    ``scale`` divides the data first; its log-determinant is counted.
+    """
+
+    def __init__(self, shape: Sequence[int], times: Tensor, prior_std: float = 1.0, scale: float = 1.0):
+        super().__init__()
+        self.shape, self.prior_std, self.scale = tuple(shape), prior_std, scale
+        self.register_buffer("times", times.double(), persistent=False)
+        self.nfe: float | None = None
+
+    @abstractmethod
+    def forward_drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """F(x, t) of x's shape; t (B,)."""
+
+    @abstractmethod
+    def reverse_drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """R(x, t), the drift in reverse time, of x's shape; t (B,)."""
+
+    @abstractmethod
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g(t), a scalar tensor for a scalar t."""
+
+    def grid(self, steps: int) -> Tensor:
+        """The times of a chain of another number of steps over the same interval, (steps + 1,) float64.
+
+        Interpolates the model's own grid, so that its uneven spacing is kept.
+        """
+        old = torch.linspace(0, 1, len(self.times), dtype=torch.float64)
+        new = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        left = torch.searchsorted(old, new, right=True).clamp(1, len(old) - 1) - 1
+        share = (new - old[left]) / (old[left + 1] - old[left])
+        times = self.times.cpu()
+        return times[left] + share * (times[left + 1] - times[left])
+
+    def kernels(self, times: Tensor):
+        """(forward, backward) kernels of the Euler-Maruyama chain on ``times``."""
+
+        def forward(x: Tensor, i: int) -> Kernel:
+            t, width = self._at(times[i], x), float(times[i + 1] - times[i])
+            variance = (self.diffusion(times[i]) ** 2 * width).to(x)
+            return Kernel(x + width * self.forward_drift(x, t), variance)
+
+        def backward(x: Tensor, i: int) -> Kernel:
+            t, width = self._at(times[i + 1], x), float(times[i + 1] - times[i])
+            variance = (self.diffusion(times[i + 1]) ** 2 * width).to(x)
+            return Kernel(x + width * self.reverse_drift(x, t), variance)
+
+        return forward, backward
+
+    @staticmethod
+    def _at(time: Tensor, x: Tensor) -> Tensor:
+        return time.to(x).expand(len(x))
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """log pi(x) in nats (B,)."""
+        square = x.flatten(1).square().sum(1) / self.prior_std**2
+        return -0.5 * (square + x[0].numel() * math.log(2 * math.pi * self.prior_std**2))
+
+    def _volume(self, x: Tensor) -> Tensor:
+        return torch.full((len(x),), x[0].numel() * math.log(self.scale), dtype=x.dtype, device=x.device)
+
+    @torch.no_grad()
+    def nelbo_parts(self, x: Tensor, times: int = 1, generator: Generator = None, **_: Any) -> dict[str, Tensor]:
+        """The chain's own bound, nats (B,), over one path, or more if ``times`` exceeds the steps of one."""
+        steps = len(self.times) - 1
+        forward, backward = self.kernels(self.times.cpu())
+        paths = [
+            chain_bound(x / self.scale, steps, forward, backward, self.prior_log_prob, generator)
+            for _ in range(max(1, times // steps))
+        ]
+        parts = {name: torch.stack([path[name] for path in paths]).mean(0) for name in paths[0]}
+        return parts | {"reconstruction": torch.zeros_like(parts["prior"]), "flow": self._volume(x)}
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """The probability-flow ODE's velocity (F - R) / 2."""
+        return 0.5 * (self.forward_drift(x, t) - self.reverse_drift(x, t))
+
+    def _field(self, probes: Tensor | str | None, direction: float = 1.0) -> Field:
+        def field(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            if probes is None:
+                return self.velocity(x, t), x.new_zeros(len(x))
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                output = self.velocity(leaf, t)
+                trace = exact_trace(output, leaf) if isinstance(probes, str) else probed_trace(output, leaf, probes)
+            return output.detach(), trace
+
+        return field
+
+    @torch.no_grad()
+    def nll_parts(
+        self,
+        x: Tensor,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        probes: int | Literal["exact"] = 1,
+        corrected: bool = True,
+        generator: Generator = None,
+    ) -> dict[str, Tensor]:
+        """Parts of the probability-flow ODE's negative log-likelihood, nats (B,), and nfe (B,).
+
+        The chain starts at the data itself, so that there is no truncation and ``corrected`` changes nothing.
+        """
+        vectors = probes if probes == "exact" else hutchinson_probes(probes, x.shape, generator, x.device, x.dtype)
+
+        def field_for(rows: Tensor) -> Field:
+            return self._field(vectors if isinstance(vectors, str) else vectors[:, rows])
+
+        ends = self._ends(x)
+        z, divergence, nfe = dormand_prince(field_for, x / self.scale, *ends, rtol, atol)
+        zeros = torch.zeros_like(divergence)
+        return {
+            "prior": -self.prior_log_prob(z),
+            "ode": -divergence,
+            "reconstruction": zeros,
+            "flow": self._volume(x),
+            "nfe": nfe,
+        }
+
+    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.full((len(x),), float(self.times[i]), dtype=x.dtype, device=x.device) for i in (0, -1))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        steps: int = 0,
+        sampler: str = "euler_maruyama",
+        generator: Generator = None,
+        rtol: float = 1e-4,
+        atol: float = 1e-4,
+        **options: Any,
+    ) -> Tensor:
+        """n samples (n, *shape): "euler_maruyama" is the backward chain with ``steps`` steps (0: the model's own).
+
+        "ode" solves the probability flow adaptively. Other samplers are made for linear diffusions: NotDefined.
+        """
+        like = next(self.parameters(), torch.zeros(()))
+        x = self.prior_std * normal((n, *self.shape), generator, like.device, like.dtype)
+        if sampler == "ode":
+            start, end = self._ends(x)
+            field = self._field(None)
+            x, _, nfe = dormand_prince(lambda rows: field, x, end, start, rtol, atol)
+            self.nfe = float(nfe.double().mean())
+        elif sampler == "euler_maruyama":
+            steps = steps or len(self.times) - 1
+            _, backward = self.kernels(self.grid(steps))
+            x, self.nfe = backward_path(x, steps, backward, generator)[0], float(steps)
+        else:
+            raise NotDefined(f"not defined: {sampler} integrates linear diffusions, and this one is learned")
+        return x * self.scale
+
+    @torch.no_grad()
+    def trajectory(self, x: Tensor, times: Sequence[float], generator: Generator = None) -> Tensor:
+        """The forward chain at the given fractions of its duration, (len(times), B, *shape)."""
+        steps = len(self.times) - 1
+        forward, _ = self.kernels(self.times.cpu())
+        path = [x / self.scale]
+        for i in range(steps):
+            path.append(forward(path[-1], i).sample(generator))
+        elapsed = (self.times - self.times[0]) / (self.times[-1] - self.times[0])
+        rows = [int((elapsed - time).abs().argmin()) for time in times]
+        return torch.stack([path[row] for row in rows]) * self.scale

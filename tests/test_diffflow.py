@@ -1,0 +1,180 @@
+"""DiffFlow: the replayed gradient, the chain's bound against closed forms, the ODE's likelihood, refinement."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.chain import Kernel, chain_bound, step_term
+from models.diffflow import DiffFlow, warped_times
+from models.noise import IndexedGenerator, StepRandom
+from models.replay import Path, replayed_energy, stored_energy
+
+NET = {"name": "mlp", "width": 24, "depth": 1}
+
+
+def small(steps=10, **options):
+    torch.manual_seed(0)
+    model = DiffFlow.from_options((2,), NET, NET, steps=steps, **options).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+class Linear(nn.Module):
+    """x -> factor x, at every time."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor, dtype=torch.float64))
+
+    def forward(self, x, t):
+        return self.factor * x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 11])
+def test_replayed_gradient_is_that_of_full_back_propagation(steps):
+    model = small(steps)
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    parameters = [*model.drift.parameters(), *model.score.parameters()]
+
+    def of(energy):
+        path = Path(model.drift, model.score, model.times, model.diffusion, 1.0, torch.Generator().manual_seed(3))
+        value, spent = energy(path)
+        return value, spent, torch.autograd.grad(value.mean(), [x, *parameters], allow_unused=True)
+
+    ours, spent, replayed = of(lambda path: replayed_energy(path, x, parameters))
+    theirs, same, stored = of(lambda path: stored_energy(path, x))
+    assert torch.allclose(ours, theirs, rtol=1e-12) and torch.equal(spent, same)
+    for a, b in zip(replayed, stored, strict=True):
+        if b is None:
+            assert a is None or not a.any()
+        else:
+            assert (a - b).abs().max() <= 1e-9 * b.abs().max().clamp_min(1e-9)
+
+
+def test_replay_keeps_a_graph_of_one_step_only():
+    """Bytes that autograd saves at once, ten steps against a hundred."""
+    peaks = {}
+    for steps in (10, 100):
+        model, live, peak = small(steps), [0], [0]
+
+        def pack(tensor, live=live, peak=peak):
+            size = tensor.numel() * tensor.element_size()
+            live[0] += size
+            peak[0] = max(peak[0], live[0])
+            return Held(tensor, size, live)
+
+        class Held:
+            def __init__(self, tensor, size, live):
+                self.tensor, self.size, self.live = tensor, size, live
+
+            def __del__(self):
+                self.live[0] -= self.size
+
+        x = torch.randn(64, 2, dtype=torch.float64)
+        parameters = [*model.drift.parameters(), *model.score.parameters()]
+        path = Path(model.drift, model.score, model.times, model.diffusion, 1.0, torch.Generator().manual_seed(3))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            replayed_energy(path, x, parameters)[0].mean().backward()
+        peaks[steps] = peak[0]
+    assert 0 < peaks[100] < 1.2 * peaks[10]
+
+
+def test_unequal_weights_are_refused():
+    model = small(3)
+    path = Path(model.drift, model.score, model.times, model.diffusion, 1.0)
+    parameters = [*model.drift.parameters(), *model.score.parameters()]
+    energy, _ = replayed_energy(path, torch.randn(4, 2, dtype=torch.float64), parameters)
+    with pytest.raises(ValueError, match="mean over the batch"):
+        (energy * torch.arange(4.0)).sum().backward()
+
+
+def test_loss_is_the_bound_that_is_reported():
+    model = small(8, scale=1.5)
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    loss, _ = model.bound_loss(x, StepRandom(0, 10**6, len(x)))
+    nelbo = model.nelbo(x, generator=IndexedGenerator(0, "bound", torch.arange(len(x)))) / 2
+    error = float(nelbo.std()) / math.sqrt(len(x))
+    assert float(loss.detach()) == pytest.approx(float(nelbo.mean()), abs=4.5 * error)
+
+
+def gaussian_chain_bound(times, drift, score, g, variance):
+    """E of the chain's bound a dimension for N(0, variance) data and linear drift and score, by moments of each step."""
+    total, v = 0.0, variance
+    for a, b in zip(times, times[1:], strict=False):
+        h = b - a
+        m, q = 1 + h * drift, g * g * h  # x' = m x + noise of variance q
+        r = 1 - h * (drift - g * g * score)  # the backward mean is r x'
+        later = m * m * v + q
+        # E(x - r x')^2 = v - 2 r m v + r^2 E x'^2
+        total += 0.5 * ((v - 2 * r * m * v + r * r * later) / q - 1)
+        v = later
+    return total + 0.5 * (v + math.log(2 * math.pi))
+
+
+def test_chain_bound_of_linear_fields_is_known():
+    """With the drift of a linear diffusion DiffFlow's chain is the discrete linear model's; so is its bound."""
+    times = warped_times(0.01, 1.0, 12, 0.7)
+    drift, score, g, variance = -0.8, -1.1, 0.9, 0.6
+    model = DiffFlow(Linear(drift), Linear(score), (3,), steps=12, start=0.01, end=1.0, power=0.7, g=g)
+    n = 20_000
+    x = variance**0.5 * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = model.nelbo(x, generator=IndexedGenerator(0, "chain", torch.arange(n)))
+    truth = 3 * gaussian_chain_bound(times.tolist(), drift, score, g, variance)
+    assert float(values.mean()) == pytest.approx(truth, abs=4 * float(values.std()) / math.sqrt(n))
+
+    # the same kernels, written down as those of a discrete linear diffusion
+    widths = (times[1:] - times[:-1]).tolist()
+
+    def forward(z, i):
+        return Kernel((1 + widths[i] * drift) * z, torch.tensor(g**2 * widths[i], dtype=z.dtype))
+
+    def backward(z, i):
+        return Kernel((1 - widths[i] * (drift - g**2 * score)) * z, torch.tensor(g**2 * widths[i], dtype=z.dtype))
+
+    def prior(z):
+        return -0.5 * (z.square().sum(1) + 3 * math.log(2 * math.pi))
+
+    source = IndexedGenerator(0, "chain", torch.arange(n))
+    assert torch.allclose(sum(chain_bound(x, 12, forward, backward, prior, source).values()), values, rtol=1e-9)
+
+
+def test_step_term_is_a_difference_of_log_densities():
+    a, b = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    forward, backward = Kernel(0.9 * a, torch.tensor(0.3).double()), Kernel(1.1 * b, torch.tensor(0.2).double())
+    normal = torch.distributions.Normal
+    truth = normal(0.9 * a, 0.3**0.5).log_prob(b).sum(1) - normal(1.1 * b, 0.2**0.5).log_prob(a).sum(1)
+    assert torch.allclose(step_term(a, b, forward, backward), truth)
+
+
+def test_ode_likelihood_of_linear_fields_is_known():
+    """dx = (f - g^2 s / 2) dt with linear fields multiplies x by a known factor."""
+    drift, score, g = -0.8, -1.1, 0.9
+    model = DiffFlow(Linear(drift), Linear(score), (2,), steps=5, start=0.01, end=1.0, g=g, scale=2.0)
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stretch = (drift - 0.5 * g**2 * score) * 0.99
+    z = x / 2 * math.exp(stretch)
+    truth = -model.prior_log_prob(z) - 2 * stretch + 2 * math.log(2)
+    assert torch.allclose(model.nll(x, rtol=1e-9, atol=1e-9, probes="exact"), truth, atol=1e-7)
+
+
+def test_grid_grows_towards_the_noise_and_is_refined_while_training():
+    times = warped_times(1e-3, 0.05, 30, 0.9)
+    widths = times[1:] - times[:-1]
+    assert float(widths[-1] / widths[0]) == pytest.approx(1.41, abs=0.02)
+    assert (float(times[0]), float(times[-1])) == (pytest.approx(1e-3), pytest.approx(0.05))
+    model = small(30, first_steps=4, refined=100)
+    assert [model.steps_at(step) for step in (0, 24, 25, 50, 75, 99, 100, 10**6)] == [4, 4, 8, 16, 30, 30, 30, 30]
+    fine = model.grid(60)
+    assert torch.allclose(fine[::2], model.times.cpu())
+
+
+def test_samples_depend_on_their_index_alone():
+    model = small(6)
+    whole = model.sample(8, 6, generator=IndexedGenerator(0, "s", torch.arange(8)))
+    part = model.sample(3, 6, generator=IndexedGenerator(0, "s", torch.arange(5, 8)))
+    assert torch.allclose(whole[5:], part, atol=1e-12) and model.nfe == 6
+    assert torch.isfinite(model.sample(4, sampler="ode", generator=IndexedGenerator(0, "s", torch.arange(4)))).all()
