@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -40,6 +41,10 @@ class Model(nn.Module, ABC):
     """
 
     shape: tuple[int, ...]
+    # under which a suite asks for the model; None for a class that others build on
+    name: ClassVar[str | None] = None
+    # the sampler of the learning curve's sample quality
+    curve_sampler: ClassVar[str] = "ddim"
 
     @property
     def dims(self) -> int:
@@ -68,6 +73,14 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def trajectory(self, x: Tensor, times: Sequence[float], generator: Generator = None) -> Tensor:
         """The forward process seen in data space: (len(times), B, *shape)."""
+
+    def chain_parts(self, x: Tensor, generator: Generator = None) -> dict[str, Tensor]:
+        """Named parts, nats (B,), of the bound of the model's own discrete chain (models.chain) on the density of x."""
+        raise NotDefined("not defined: continuous in time, its bound is the NELBO")
+
+    def discrete_parts(self, levels: Tensor, count: int, generator: Generator = None) -> dict[str, Tensor]:
+        """Named parts, nats (B,), of a bound on -log P(k) of discrete images k (B, ...) in 0..count-1, not dequantised."""
+        raise NotDefined("not defined: the model's decoder is a density, not a law of grey levels")
 
     def nelbo(self, x: Tensor, times: int = 1, generator: Generator = None) -> Tensor:
         """The negative evidence lower bound, nats (B,), residual at eps included."""

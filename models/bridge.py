@@ -39,6 +39,8 @@ class Bridge(NonlinearDiffusion):
     are drawn again every ``refresh`` steps, and each of their rows gives ``points`` points a step.
     """
 
+    name = "bridge"
+
     def __init__(
         self,
         forward_policy: nn.Module,

@@ -33,6 +33,8 @@ class DiffFlow(NonlinearDiffusion):
     doubles at equal parts of ``refined`` training steps until it has ``steps``.
     """
 
+    name = "diffflow"
+
     def __init__(
         self,
         drift: nn.Module,

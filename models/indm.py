@@ -36,6 +36,8 @@ class INDM(Model):
     ``scale`` divides the data first, a constant linear part of the flow (its log-determinant is counted).
     """
 
+    name = "indm"
+
     def __init__(
         self,
         sde: LinearSDE,

@@ -49,6 +49,8 @@ class NonlinearDiffusion(Model):
     ``scale`` divides the data first; its log-determinant is counted.
     """
 
+    curve_sampler = "euler_maruyama"
+
     def __init__(self, shape: Sequence[int], times: Tensor, prior_std: float = 1.0, scale: float = 1.0):
         super().__init__()
         self.shape, self.prior_std, self.scale = tuple(shape), prior_std, scale

@@ -1,13 +1,20 @@
-"""Names to components: the one place a new variant adds a line to."""
+"""Names to components and models. A model registers itself: any module of this package may define one.
+
+A model is a subclass of :class:`models.base.Model` with a ``name`` and a ``from_options`` whose signature is the schema
+of its settings; its module is found by being there, so that a new model is one new file.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from models.base import Model
 from models.flows import Identity, ResidualFlow
-from models.indm import INDM
 from models.score.mlp import ScoreMLP
 from models.score.ncsnpp import NCSNpp
 from models.sde import VESDE, VPSDE, SubVPSDE
@@ -19,7 +26,25 @@ COMPONENTS: dict[str, dict[str, type]] = {
     "drift": {"ncsnpp": NCSNpp, "mlp": ScoreMLP},
     "flow": {"identity": Identity, "residual": ResidualFlow},
 }
-MODELS: dict[str, type[Model]] = {"indm": INDM}
+
+
+def _discover() -> dict[str, type[Model]]:
+    """Every named model of this package, the modules in alphabetical order. ValueError for a name given twice."""
+    found: dict[str, type[Model]] = {}
+    for module in sorted(info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)]) if not info.ispkg):
+        if module == "registry":
+            continue
+        for _, value in inspect.getmembers(importlib.import_module(f"models.{module}"), inspect.isclass):
+            name = vars(value).get("name")
+            if not issubclass(value, Model) or value.__module__ != f"models.{module}" or name is None:
+                continue
+            if name in found:
+                raise ValueError(f"model name {name!r}: taken by {found[name].__name__}, wanted by {value.__name__}")
+            found[name] = value
+    return found
+
+
+MODELS = _discover()
 
 
 def component(kind: str, options: Mapping[str, Any], **supplied: Any) -> Any:
