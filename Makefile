@@ -1,7 +1,8 @@
-# make repro   install, then reproduce the toy2d and digits suites; make test   install, then run the fast tests
+# make repro   install, then reproduce the toy2d and digits suites; make repro-all   every variant of them too
+# make test    install, then run the fast tests
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help repro test bench lint lock setup clean-runs
+.PHONY: help repro repro-all test bench lint lock setup clean-runs
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -18,6 +19,9 @@ help:  ## what can be made
 
 repro: $(STAMP)  ## reproduce the suites toy2d and digits through DVC
 	@$(PYTHON) -m bench.repro
+
+repro-all: $(STAMP)  ## the same with all other systems: DiffFlow, Schrodinger bridges, DDPM, NCSN, ...
+	@$(PYTHON) -m bench.repro --all
 
 test: $(STAMP)  ## run the fast tests
 	@$(PYTHON) -m pytest -q -n 2 --dist loadfile

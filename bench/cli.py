@@ -46,8 +46,10 @@ def list_suites() -> None:
         suite = load_suite(name)
         print(f"{name}: {suite.title}")
         print(f"  data sets: {', '.join(suite.datasets)}")
-        print(f"  variants:  {', '.join(suite.variants)}")
-        print(f"  seeds:     {', '.join(map(str, suite.seeds))}")
+        for kind, variants in (("variants", suite.core), ("more", suite.more)):
+            if variants:
+                seeds = ", ".join(map(str, suite.seeds_of(variants[0])))
+                print(f"  {kind + ':':<11}{', '.join(variants)}; seeds {seeds}")
 
 
 @app.command()

@@ -166,7 +166,7 @@ def trained_run(suite_name: str, variant: str, seed: int | None, dataset: str | 
     suite = load_suite(suite_name)
     if dataset is None and len(suite.datasets) > 1:
         raise InputError(f"--dataset: missing, {suite_name} has several; accepted: {', '.join(suite.datasets)}")
-    chosen = suite.runs(variant, suite.seeds[0] if seed is None else seed, dataset)[0]
+    chosen = suite.runs(variant, seed, dataset)[0]
     return read_run(chosen.folder)
 
 

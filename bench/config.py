@@ -1,19 +1,14 @@
 """Suites, variants and runs: what `experiments/<suite>.yaml` says, checked before anything is computed.
 
 A run is one (suite, variant, data set, seed). Its settings are deep-merged: the suite's defaults, then the data set's,
-then the variant's, then the variant's own for that data set (``variants.<v>.datasets.<d>``), then `--set` overrides.
+then, of a variant under ``more``, the defaults given there, then the variant's, then the variant's own for that data
+set (``variants.<v>.datasets.<d>``), then `--set` overrides.
 A merge that changes the ``name`` of a component replaces the component.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,36 +16,51 @@ from pydantic import Field
 
 from bench.errors import InputError
 from bench.layers import SECTIONS, merge_all, parse_overrides
-from bench.options import Invalid, Schema, accepted, dotted, locate, resolve_component, show, signature_schema, validate
-from bench.settings import (
-    FEATURE_DIMS,
-    IMAGE_QUALITY,
-    LEARNING_RATES,
-    POINT_QUALITY,
-    EvaluateConfig,
-    Name,
-    SamplerConfig,
-    TrainConfig,
+from bench.options import Invalid, Schema, accepted, dotted, locate, show, validate
+from bench.run_config import (
+    CURVE_SETTINGS,
+    FACTS,
+    FEATURES,
+    RunConfig,
+    check_buildable,
+    features_file,
+    reports_root,
+    resolve_run,
+    runs_root,
 )
+from bench.settings import EvaluateConfig, Name, TrainConfig
 from bench.yaml_files import dump_yaml, read_yaml
 
-# (shape, train, test) of the data sets whose size is a constant; None: endless, or known only once the files are read
-FACTS: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
-    "checkerboard": ((2,), None, 5000),
-    "swissroll": ((2,), None, 5000),
-    "gaussians": ((2,), None, 5000),
-    "digits": ((1, 8, 8), 1500, 297),
-    "cifar10": ((3, 32, 32), None, None),
-    "cifar10-16": ((3, 16, 16), None, None),
-    "cifar10-jpeg": ((3, 32, 32), None, None),
-}
-# settings of the evaluation that the learning curve uses, and so the training
-CURVE_SETTINGS = ("batch_size", "features", "probes")
-# folder of the feature classifiers, beside those of the variants
-FEATURES = "features"
-# what a sampler is given by the model; its other parameters are options
-SAMPLER_ARGUMENTS = ("noise", "sde", "z", "steps", "generator")
+# everything a caller needs to know of configurations is found here
+__all__ = [
+    "CURVE_SETTINGS",
+    "FACTS",
+    "FEATURES",
+    "EvaluateConfig",
+    "RunConfig",
+    "Suite",
+    "SuiteFile",
+    "TrainConfig",
+    "check_buildable",
+    "dump_config",
+    "features_file",
+    "load_suite",
+    "read_run",
+    "reports_root",
+    "resolve_run",
+    "runs_root",
+    "suite_files",
+]
+
 Folder = Annotated[str, Field(pattern=r"^(folder:.+|[A-Za-z0-9][A-Za-z0-9_-]*)$")]
+
+
+class MoreVariants(Schema):
+    """Variants that `make repro` leaves to `make repro-all`: with seeds, and defaults over the suite's, of their own."""
+
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    defaults: dict = Field(default_factory=dict)
+    variants: Annotated[dict[Name, dict | None], Field(min_length=1)]
 
 
 class SuiteFile(Schema):
@@ -62,84 +72,7 @@ class SuiteFile(Schema):
     datasets: Annotated[dict[Folder, dict | None], Field(min_length=1)]
     defaults: dict
     variants: Annotated[dict[Name, dict | None], Field(min_length=1)]
-
-
-class RunConfig(Schema):
-    """One run with every default filled in. ``model`` is ready for ``models.build`` once ``shape`` is added."""
-
-    suite: str
-    variant: str
-    dataset: str
-    seed: int
-    model: dict
-    train: TrainConfig
-    evaluate: EvaluateConfig
-    # a suite with several data sets keeps each in a folder of its own; follows from the suite, not a setting
-    subfolder: Annotated[bool, Field(exclude=True)] = False
-
-    @property
-    def folder(self) -> Path:
-        """`runs/<suite>/<variant>/<seed>`, and `/<dataset>` below it where the suite has several data sets."""
-        folder = runs_root() / self.suite / self.variant / str(self.seed)
-        return folder / self.dataset if self.subfolder else folder
-
-    @property
-    def features_file(self) -> Path:
-        """Weights of the classifier of the run's data set, made by the suite's `features` stage."""
-        return features_file(self.suite, self.dataset)
-
-    def resolved(self) -> dict[str, Any]:
-        """Plain data of the whole configuration, as written to `config.yaml`."""
-        return self.model_dump(mode="json")
-
-    @cached_property
-    def hash(self) -> str:
-        """12 hex digits of the sha256 of the resolved configuration."""
-        return _digest(self.resolved())
-
-    @cached_property
-    def training_hash(self) -> str:
-        """As ``hash`` without the evaluation's settings: checkpoints stay good when only those change."""
-        content = self.resolved()
-        measured = content.pop("evaluate")
-        return _digest(content | {"curve": {key: measured[key] for key in CURVE_SETTINGS}})
-
-    def check_data(self, shape: Sequence[int], train: int | None = None, test: int | None = None) -> None:
-        """Refuse settings that do not fit the data; ``train`` and ``test`` are numbers of items, None for endless data.
-
-        Called with what is known beforehand, and again by whoever has loaded the data. Raises Invalid.
-        """
-        if train is not None and self.train.batch_size > train:
-            problem = f" = {self.train.batch_size}: must be at most {train}, the training images of {self.dataset}"
-            raise Invalid(("train", "batch_size"), problem)
-        if test is not None and (self.evaluate.images or 0) > test:
-            problem = f" = {self.evaluate.images}: must be at most {test}, the test images of {self.dataset}"
-            raise Invalid(("evaluate", "images"), problem)
-        compared = test if "sliced_wasserstein" in self.evaluate.quality else None
-        if compared is not None and self.evaluate.samples > compared:
-            problem = f" = {self.evaluate.samples}: must be at most {compared}, the test points of {self.dataset}"
-            raise Invalid(("evaluate", "samples"), problem)
-        fitting = POINT_QUALITY if len(shape) == 1 else IMAGE_QUALITY
-        for metric in self.evaluate.quality:
-            if metric not in fitting:
-                kind = "points" if len(shape) == 1 else "images"
-                raise Invalid(
-                    ("evaluate", "quality"), f" = {show(metric)}: not defined for {kind}; {accepted(fitting)}"
-                )
-        if len(shape) > 1 and (self.evaluate.quality or self.train.curve_samples):
-            self._check_features(shape)
-
-    def _check_features(self, shape: Sequence[int]) -> None:
-        features, wanted = self.evaluate.features, "fd" in self.evaluate.quality
-        if features is None:
-            raise Invalid(("evaluate", "features"), f": missing; {accepted(FEATURE_DIMS)}")
-        if features == "inception" and shape[0] != 3:
-            raise Invalid(("evaluate", "features"), ' = "inception": needs RGB images; accepted: classifier')
-        least = f"must be at least {FEATURE_DIMS[features]}, the dimension of the {features} features"
-        if wanted and self.evaluate.samples < FEATURE_DIMS[features]:
-            raise Invalid(("evaluate", "samples"), f" = {self.evaluate.samples}: {least}")
-        if 0 < self.train.curve_samples < FEATURE_DIMS[features]:
-            raise Invalid(("train", "curve_samples"), f" = {self.train.curve_samples}: {least}, or 0")
+    more: MoreVariants | None = None
 
 
 class Suite:
@@ -150,29 +83,46 @@ class Suite:
         self.path = path
         self.title = content.title
         self.description = content.description
-        self.seeds = list(content.seeds)
+        more = content.more
+        # those that `make repro` runs, and those that only `make repro-all` does
+        self.core, self.more = list(content.variants), list(more.variants) if more else []
+        self.variants = [*self.core, *self.more]
+        self._seeds = {name: content.seeds for name in self.core} | {name: more.seeds for name in self.more}
+        self.seeds = list(dict.fromkeys(seed for name in self.variants for seed in self._seeds[name]))
         self.datasets = list(content.datasets)
-        self.variants = list(content.variants)
         self.defaults = content.defaults
         self._content = content
         self._overrides = overrides
 
-    def runs(self, variant: str | None = None, seed: int | None = None, dataset: str | None = None) -> list[RunConfig]:
-        """The validated runs, all or those of one variant, seed or data set; InputError for an unknown one."""
+    def seeds_of(self, variant: str) -> list[int]:
+        """The seeds of one variant."""
+        return list(self._seeds[variant])
+
+    def cells(
+        self, variant: str | None = None, seed: int | None = None, dataset: str | None = None
+    ) -> list[tuple[str, int, str]]:
+        """(variant, seed, data set) of the runs, names checked and nothing else; imports no model. InputError."""
         variants = self._choose("variant", variant, self.variants)
         datasets = self._choose("dataset", dataset, self.datasets)
-        seeds = self._choose("seed", seed, self.seeds)
+        known = self.seeds if variant is None else self.seeds_of(variant)
+        seeds = self._choose("seed", seed, known)
         return [
-            run.model_copy(update={"seed": number})
+            (name, number, data)
             for name in variants
-            for number in seeds
-            for run in [self._resolve(name, data) for data in datasets]
+            for number in self._seeds[name]
+            for data in datasets
+            if number in seeds
         ]
 
+    def runs(self, variant: str | None = None, seed: int | None = None, dataset: str | None = None) -> list[RunConfig]:
+        """The validated runs, all or those of one variant, seed or data set; InputError for an unknown one."""
+        cells = self.cells(variant, seed, dataset)
+        resolved = {pair: self._resolve(*pair) for pair in dict.fromkeys((name, data) for name, _, data in cells)}
+        return [resolved[name, data].model_copy(update={"seed": number}) for name, number, data in cells]
+
     def count(self, variant: str | None = None, seed: int | None = None, dataset: str | None = None) -> int:
-        """The number of those runs, names checked and nothing else; imports no model."""
-        chosen = (("variant", variant, self.variants), ("dataset", dataset, self.datasets), ("seed", seed, self.seeds))
-        return math.prod(len(self._choose(*choice)) for choice in chosen)
+        """The number of those runs."""
+        return len(self.cells(variant, seed, dataset))
 
     def _choose(self, kind: str, value: Any, known: list) -> list:
         if value is None:
@@ -182,16 +132,20 @@ class Suite:
         return [value]
 
     def _resolve(self, variant: str, dataset: str) -> RunConfig:
-        own = dict(self._content.variants[variant] or {})
+        more = self._content.more if variant in self.more else None
+        group = more or self._content
+        own = dict(group.variants[variant] or {})
         by_dataset = own.pop("datasets", None) or {}
+        place = f"{self.path}: {'more.' if more else ''}"
         layers = [
             (f"{self.path}: defaults.", self._content.defaults),
             (f"{self.path}: datasets.{dataset}.", self._content.datasets[dataset] or {}),
-            (f"{self.path}: variants.{variant}.", own),
-            (f"{self.path}: variants.{variant}.datasets.{dataset}.", by_dataset.get(dataset) or {}),
+            (f"{place}defaults.", more.defaults if more else {}),
+            (f"{place}variants.{variant}.", own),
+            (f"{place}variants.{variant}.datasets.{dataset}.", by_dataset.get(dataset) or {}),
             ("--set ", self._overrides),
         ]
-        identity = {"suite": self.name, "variant": variant, "dataset": dataset, "seed": self.seeds[0]}
+        identity = {"suite": self.name, "variant": variant, "dataset": dataset, "seed": self._seeds[variant][0]}
         try:
             run = resolve_run(identity, merge_all(layer for _, layer in layers))
         except Invalid as error:
@@ -217,9 +171,10 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
         suite = validate(SuiteFile, content[name])
     except Invalid as error:
         raise InputError(f"{path}: {dotted(error.path)}{error.problem}") from error
-    repeated = [seed for seed in suite.seeds if suite.seeds.count(seed) > 1]
-    if repeated:
-        raise InputError(f"{path}: seeds = {show(suite.seeds)}: seed {repeated[0]} is given twice")
+    for place, seeds in (("", suite.seeds), ("more.", suite.more.seeds if suite.more else [])):
+        repeated = [seed for seed in seeds if seeds.count(seed) > 1]
+        if repeated:
+            raise InputError(f"{path}: {place}seeds = {show(seeds)}: seed {repeated[0]} is given twice")
     for dataset in suite.datasets:
         if dataset not in FACTS and not dataset.startswith("folder:"):
             raise InputError(f"{path}: datasets.{dataset}: unknown data set; {accepted([*FACTS, 'folder:<path>'])}")
@@ -227,6 +182,9 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
             raise InputError(f"{path}: datasets.{dataset}: an image folder must be the only data set of its suite")
     if FEATURES in suite.variants:
         raise InputError(f"{path}: variants.{FEATURES}: this name is taken by the folder of the feature classifiers")
+    for variant in suite.more.variants if suite.more else ():
+        if variant in (FEATURES, *suite.variants):
+            raise InputError(f"{path}: more.variants.{variant}: this name is taken")
     for place, known in _sections(suite).items():
         mapping = locate(suite.model_dump(), place)[1] or {}
         if not isinstance(mapping, dict):
@@ -241,12 +199,18 @@ def _sections(suite: SuiteFile) -> dict[tuple[str, ...], Sequence[str]]:
     """Places of a suite's file that hold sections of settings, outer ones first, with the keys each accepts."""
     places: dict[tuple[str, ...], Sequence[str]] = {("defaults",): SECTIONS}
     places |= {("datasets", name): SECTIONS for name in suite.datasets}
-    for name, variant in suite.variants.items():
-        places[("variants", name)] = (*SECTIONS, "datasets")
-        own = (variant or {}).get("datasets")
-        if own is not None:
-            places[("variants", name, "datasets")] = list(suite.datasets)
-            places |= {("variants", name, "datasets", d): SECTIONS for d in (own if isinstance(own, dict) else ())}
+    groups: list[tuple[tuple[str, ...], dict]] = [(("variants",), suite.variants)]
+    if suite.more:
+        places[("more", "defaults")] = SECTIONS
+        groups.append((("more", "variants"), suite.more.variants))
+    for place, variants in groups:
+        for name, variant in variants.items():
+            here = (*place, name)
+            places[here] = (*SECTIONS, "datasets")
+            own = (variant or {}).get("datasets")
+            if own is not None:
+                places[(*here, "datasets")] = list(suite.datasets)
+                places |= {(*here, "datasets", d): SECTIONS for d in (own if isinstance(own, dict) else ())}
     return places
 
 
@@ -257,21 +221,6 @@ def suite_files() -> dict[str, Path]:
         if files:
             return files
     return {}
-
-
-def runs_root() -> Path:
-    """Folder of the runs' results: INDM_BENCH_RUNS, else `runs` under the current folder."""
-    return Path(os.environ.get("INDM_BENCH_RUNS") or "runs")
-
-
-def reports_root() -> Path:
-    """Folder of the reports: INDM_BENCH_REPORTS, else `reports` under the current folder."""
-    return Path(os.environ.get("INDM_BENCH_REPORTS") or "reports")
-
-
-def features_file(suite: str, dataset: str) -> Path:
-    """Where a suite keeps the feature classifier of one of its data sets."""
-    return runs_root() / suite / FEATURES / f"{dataset.rpartition('/')[2]}.safetensors"
 
 
 def dump_config(run: RunConfig) -> str:
@@ -290,99 +239,3 @@ def read_run(folder: Path) -> RunConfig:
     except Invalid as error:
         raise InputError(f"{path}: {dotted(error.path)}{error.problem}") from error
     return run.model_copy(update={"subfolder": folder.name == run.dataset})
-
-
-def resolve_run(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> RunConfig:
-    """A validated run from its identity and merged settings; Invalid with the path of the first problem."""
-    from models import registry
-
-    kinds = {**registry.COMPONENTS, "model": registry.MODELS}
-    model = resolve_component(kinds, "model", settings.get("model"), ("model",))
-    train = validate(TrainConfig, settings.get("train", {}), ("train",))
-    evaluate = validate(EvaluateConfig, settings.get("evaluate", {}), ("evaluate",))
-    groups = [part for part in model if part in registry.COMPONENTS and part != "sde"]
-    for group in train.learning_rates:
-        if group not in groups:
-            raise Invalid(("train", "learning_rates", group), f": unknown key; {accepted(groups)}")
-    rates = {group: LEARNING_RATES.get(group, LEARNING_RATES["score"]) for group in groups}
-    train = train.model_copy(update={"learning_rates": {**rates, **train.learning_rates}})
-    names = [entry.get("name") for entry in evaluate.samplers]
-    for i, name in enumerate(names):
-        if name in names[:i]:  # rows are told apart by the sampler's name
-            raise Invalid(("evaluate", "samplers", i, "name"), f" = {show(name)}: given twice; accepted: once")
-    samplers = [_resolve_sampler(entry, ("evaluate", "samplers", i)) for i, entry in enumerate(evaluate.samplers)]
-    studies = {
-        name: _resolve_study(name, options, ("evaluate", "studies", name))
-        for name, options in evaluate.studies.items()
-        if options is not None  # null takes away what an outer layer asked for
-    }
-    evaluate = evaluate.model_copy(update={"samplers": samplers, "studies": studies})
-    run = RunConfig.model_construct(**identity, model=model, train=train, evaluate=evaluate)
-    if run.dataset in FACTS:
-        shape, items, tests = FACTS[run.dataset]
-        run.check_data(shape, items, tests)
-        check_buildable(model, shape)
-    return run
-
-
-def check_buildable(model: Mapping[str, Any], shape: Sequence[int]) -> None:
-    """Build the model without memory or arithmetic; Invalid for options that do not go together or with ``shape``."""
-    problem = _build_problem(json.dumps({**model, "shape": list(shape)}))
-    if problem:
-        raise Invalid(("model",), f": {problem}")
-
-
-@lru_cache(maxsize=256)
-def _build_problem(model: str) -> str | None:
-    import torch
-
-    import models
-
-    try:
-        with torch.device("meta"):
-            models.build(json.loads(model))
-    except ValueError as error:
-        return " ".join(str(error).split())
-    return None
-
-
-def _resolve_sampler(entry: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
-    from models.samplers import SAMPLERS
-
-    common = validate(SamplerConfig, {k: v for k, v in entry.items() if k in SamplerConfig.model_fields}, path)
-    if common.name not in SAMPLERS:
-        raise Invalid((*path, "name"), f" = {show(common.name)}: unknown sampler; {accepted(SAMPLERS)}")
-    schema = signature_schema(SAMPLERS[common.name], skip=SAMPLER_ARGUMENTS)
-    options = {k: v for k, v in entry.items() if k not in SamplerConfig.model_fields}
-    for key in options:
-        if key not in schema.model_fields:
-            raise Invalid((*path, key), f": unknown key; {accepted(['name', 'steps', *schema.model_fields])}")
-    # an adaptive sampler has a default for the steps it ignores
-    adaptive = inspect.signature(SAMPLERS[common.name]).parameters["steps"].default is not inspect.Parameter.empty
-    if adaptive and common.steps:
-        raise Invalid(
-            (*path, "steps"), f" = {show(common.steps)}: {common.name} chooses its own steps; set rtol and atol"
-        )
-    if not adaptive and not common.steps:
-        raise Invalid((*path, "steps"), ": missing, and it has no default")
-    known = validate(schema, options, path).model_dump(mode="json")
-    if "end" not in options:  # the SDE's own eps, which the sampler does not know
-        known.pop("end", None)
-    return {"name": common.name, "steps": common.steps or [0], **known}
-
-
-def _resolve_study(name: str, options: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
-    from bench.studies import STUDIES, options_of
-
-    if name not in STUDIES:
-        raise Invalid(path, f": unknown study; {accepted(STUDIES)}")
-    schema = signature_schema(options_of(name), skip=("context",))
-    for key in options:
-        if key not in schema.model_fields:
-            raise Invalid((*path, key), f": unknown key; {accepted(schema.model_fields)}")
-    return validate(schema, options, path).model_dump(mode="json")
-
-
-def _digest(value: Any) -> str:
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

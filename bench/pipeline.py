@@ -1,8 +1,9 @@
 """The DVC pipelines, written from the suites: `dvc.yaml` for those a laptop runs, a file of its own for each other.
 
 Variants do not stand in these files: matrix stages read them from the suite's YAML, so a new variant is one entry there.
-Seeds and data sets do, because DVC wants every output by name. The report depends on the whole folder of a suite's runs,
-which makes it wait for every variant.
+Seeds and data sets do, because DVC wants every output by name, and so does the code in `models/` that the variants
+execute, because another model's file must not make their results stale. The report depends on the whole folder of a
+suite's runs, which makes it wait for every variant.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.closure import model_files
 from bench.commands import feature_datasets
 from bench.config import CURVE_SETTINGS, Suite, features_file, load_suite, suite_files
 from bench.estimators import MEASURED_RUNS
@@ -28,7 +30,7 @@ ESTIMATORS = "reports/estimators"
 # code whose change makes a stage's results stale; the rest (messages, reports, command line) is left out on purpose
 DATA_CODE = ["bench/data.py", "bench/toy.py"]
 IMAGE_CODE = ["bench/cifar.py", "bench/image_files.py"]
-TRAIN_CODE = ["bench/likelihood.py", "bench/settings.py", "bench/train.py", "models"]
+TRAIN_CODE = ["bench/likelihood.py", "bench/settings.py", "bench/train.py"]
 EVALUATE_CODE = [
     "bench/distances.py",
     "bench/evaluate.py",
@@ -110,6 +112,7 @@ def pipeline(names: list[str], folder: Path) -> str:
 def estimator_stages() -> dict[str, Any]:
     """The estimators against ground truth, and against their cost."""
     weights = [f"runs/{suite}/{variant}/0/weights" for suite, variant in MEASURED_RUNS]
+    code = model_files(run for suite, variant in MEASURED_RUNS for run in load_suite(suite).runs(variant, 0))
     written = [f"{table}.{kind}" for table in ("series", "time_sampling", "trace") for kind in ("csv", "md")]
     return {
         "validate": {
@@ -119,7 +122,7 @@ def estimator_stages() -> dict[str, Any]:
         },
         "estimators": {
             "cmd": f"indm-bench estimators --out {ESTIMATORS}",
-            "deps": sorted(["bench/estimators", "models", *weights]),
+            "deps": sorted(["bench/estimators", *code, *weights]),
             "outs": [uncached(f"{ESTIMATORS}/{name}") for name in (*written, "figures", "summary.json")],
         },
     }
@@ -128,33 +131,12 @@ def estimator_stages() -> dict[str, Any]:
 def suite_stages(suite: Suite) -> dict[str, Any]:
     """The stages of one suite."""
     name, file = suite.name, f"experiments/{suite.name}.yaml"
-    variant = "${item.variant}"
-    several = len(suite.datasets) > 1
-    runs = {
-        f"runs/{name}/{variant}/{seed}" + (f"/{dataset}" if several else ""): dataset
-        for seed in suite.seeds
-        for dataset in suite.datasets
-    }
-    classifiers = [
-        features_file(name, dataset).as_posix() for dataset in feature_datasets(suite.runs(seed=suite.seeds[0]))
-    ]
+    first = [run for variant in suite.variants for run in suite.runs(variant, suite.seeds_of(variant)[0])]
+    classifiers = [features_file(name, dataset).as_posix() for dataset in feature_datasets(first)]
     toys = all(dataset in ("checkerboard", "swissroll", "gaussians", "digits") for dataset in suite.datasets)
     data = sorted(DATA_CODE if toys else DATA_CODE + IMAGE_CODE)
-    settings = [f"{name}.datasets", f"{name}.defaults", f"{name}.seeds", f"{name}.variants.{variant}"]
-    narrow = [f"{name}.datasets", f"{name}.defaults.model", f"{name}.defaults.train", f"{name}.seeds"]
-    # the learning curve's sample quality needs the classifiers, and some settings of the evaluation
-    curved = any(run.train.curve_samples for run in suite.runs(seed=suite.seeds[0]))
-    given = suite.defaults.get("evaluate") or {}
-    measured = [f"{name}.defaults.evaluate.{key}" for key in CURVE_SETTINGS if key in given]
-    # the studies each data set's runs are asked for
-    studied = {
-        dataset: sorted(
-            {study for run in suite.runs(seed=suite.seeds[0], dataset=dataset) for study in run.evaluate.studies}
-        )
-        for dataset in suite.datasets
-    }
+    measured_too = sorted({study for run in first for study in run.evaluate.studies})
     folder = f"reports/{name}"
-    measured_too = sorted(set().union(*studied.values()))
     tables = [f"{folder}/{table}.{kind}" for table in (*TABLES, *measured_too) for kind in ("csv", "md")]
     features = {
         f"features-{name}": {
@@ -171,26 +153,8 @@ def suite_stages(suite: Suite) -> dict[str, Any]:
             "params": [{file: [f"{name}.datasets"]}],
             "outs": [uncached(f"{folder}/references.json")],
         },
-        f"train-{name}": {
-            "matrix": {"variant": f"${{{name}.variants}}"},
-            "cmd": f"indm-bench train {name} {variant}",
-            "deps": sorted({*data, *TRAIN_CODE, *(classifiers if curved else [])}),
-            "params": [{file: [*narrow, *measured, f"{name}.variants.{variant}"]}],
-            "outs": [
-                out for run in runs for out in (f"{run}/weights", *(uncached(f"{run}/{file}") for file in TRAINED))
-            ],
-        },
-        f"evaluate-{name}": {
-            "matrix": {"variant": f"${{{name}.variants}}"},
-            "cmd": f"indm-bench evaluate {name} {variant}",
-            "deps": sorted([*classifiers, *data, *EVALUATE_CODE, "models", *(f"{run}/weights" for run in runs)]),
-            "params": [{file: settings}],
-            "outs": [
-                uncached(f"{run}/{file}")
-                for run, dataset in runs.items()
-                for file in (*EVALUATED, *(f"{study}.csv" for study in studied[dataset]))
-            ],
-        },
+        **variant_stages(suite, suite.core, "", data, classifiers),
+        **(variant_stages(suite, suite.more, "more.", data, classifiers) if suite.more else {}),
         f"report-{name}": {
             "cmd": f"indm-bench report {name}",
             "deps": sorted([*REPORT_CODE, "reports/reference.csv", f"{folder}/references.json", f"runs/{name}"]),
@@ -199,6 +163,56 @@ def suite_stages(suite: Suite) -> dict[str, Any]:
                 uncached(out) for out in (*tables, f"{folder}/figures", f"{folder}/plots", f"{folder}/summary.json")
             ]
             + [uncached(f"{folder}/metrics.json")],
+        },
+    }
+
+
+def variant_stages(
+    suite: Suite, variants: list[str], section: str, data: list[str], classifiers: list[str]
+) -> dict[str, Any]:
+    """Training and evaluation of the variants of one section of the suite's file ("" or "more.")."""
+    name, file, suffix = suite.name, f"experiments/{suite.name}.yaml", "-more" if section else ""
+    first = [run for variant in variants for run in suite.runs(variant, suite.seeds_of(variant)[0])]
+    code, seeds, variant = model_files(first), suite.seeds_of(variants[0]), "${item.variant}"
+    runs = {
+        f"runs/{name}/{variant}/{seed}" + (f"/{dataset}" if len(suite.datasets) > 1 else ""): dataset
+        for seed in seeds
+        for dataset in suite.datasets
+    }
+    own = [f"{name}.{section}seeds", f"{name}.{section}variants.{variant}"]
+    own += [f"{name}.more.defaults"] if section else []
+    settings = [f"{name}.datasets", f"{name}.defaults", *own]
+    narrow = [f"{name}.datasets", f"{name}.defaults.model", f"{name}.defaults.train", *own]
+    # the learning curve's sample quality needs the classifiers, and some settings of the evaluation
+    curved = any(run.train.curve_samples for run in first)
+    given = suite.defaults.get("evaluate") or {}
+    measured = [f"{name}.defaults.evaluate.{key}" for key in CURVE_SETTINGS if key in given]
+    # the studies each data set's runs are asked for
+    studied = {
+        dataset: sorted({study for run in first if run.dataset == dataset for study in run.evaluate.studies})
+        for dataset in suite.datasets
+    }
+    matrix = {"variant": f"${{{name}.{section}variants}}"}
+    return {
+        f"train-{name}{suffix}": {
+            "matrix": matrix,
+            "cmd": f"indm-bench train {name} {variant}",
+            "deps": sorted({*data, *TRAIN_CODE, *code, *(classifiers if curved else [])}),
+            "params": [{file: [*narrow, *measured]}],
+            "outs": [
+                out for run in runs for out in (f"{run}/weights", *(uncached(f"{run}/{file}") for file in TRAINED))
+            ],
+        },
+        f"evaluate-{name}{suffix}": {
+            "matrix": matrix,
+            "cmd": f"indm-bench evaluate {name} {variant}",
+            "deps": sorted([*classifiers, *data, *EVALUATE_CODE, *code, *(f"{run}/weights" for run in runs)]),
+            "params": [{file: settings}],
+            "outs": [
+                uncached(f"{run}/{file}")
+                for run, dataset in runs.items()
+                for file in (*EVALUATED, *(f"{study}.csv" for study in studied[dataset]))
+            ],
         },
     }
 

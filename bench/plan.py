@@ -28,21 +28,21 @@ def print_plan(suite_name: str, settings: Sequence[str]) -> None:
     import torch
 
     suite = load_suite(suite_name, settings)
-    cells = suite.runs(seed=suite.seeds[0])
+    cells = [run for name in suite.variants for run in suite.runs(name, suite.seeds_of(name)[0])]
     gpu = torch.cuda.is_available()
     workers = 1 if gpu else usable_cores()
     if not gpu:
         torch.set_num_threads(1)
-    seeds, total, images = len(suite.seeds), 0.0, 0
-    print(f"{suite_name}: {len(cells) * seeds} runs, {seeds} seeds of each line below")
+    total, images = 0.0, 0
+    print(f"{suite_name}: {suite.count()} runs")
     print(
-        f"{'variant':<16}{'data set':<16}{'images seen':>12}{'training':>14}{'evaluation':>14}   (each run, estimated)"
+        f"{'variant':<20}{'data set':<16}{'seeds':>6}{'images seen':>12}{'training':>14}{'evaluation':>14}   (each run, estimated)"
     )
     for run in cells:
-        cost = measure(run)
+        cost, seeds = measure(run), len(suite.seeds_of(run.variant))
         total, images = total + seeds * (cost.train + cost.evaluate), images + seeds * cost.images
         times = f"{clock(cost.train):>14}{clock(cost.evaluate):>14}"
-        print(f"{run.variant:<16}{run.dataset:<16}{cost.images:>12,}{times}", flush=True)
+        print(f"{run.variant:<20}{run.dataset:<16}{seeds:>6}{cost.images:>12,}{times}", flush=True)
     device = torch.cuda.get_device_name() if gpu else f"{workers} cores"
     print(f"all: {images:,} images, about {clock(total / workers)} on {device}, start-up of the stages not counted")
 

@@ -10,7 +10,6 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -135,12 +134,3 @@ def peak_memory_mb() -> float:
     if torch.cuda.is_available():
         megabytes += torch.cuda.max_memory_allocated() / 2**20
     return round(megabytes, 1)
-
-
-def count_flops(step: Callable[[], Any]) -> int:
-    """Floating-point operations of one call (matrix products and convolutions, backward included; a product is two)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()

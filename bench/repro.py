@@ -1,6 +1,7 @@
 """`dvc repro` with a line that says how far it is, and a report of what succeeded when something failed.
 
-Run as `python -m bench.repro [pipeline files or stages]`.
+Run as `python -m bench.repro [--all] [pipeline files or stages]`. Without arguments the laptop's pipeline is reproduced
+without the variants that its suites list under ``more``; with ``--all`` they follow, and the reports are written again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from statistics import fmean
 from bench.config import runs_root
 from bench.files import read_json
 
+# suffix of the stages that only --all runs
+MORE = "-more"
 RUNNING = re.compile(r"^Running stage '(?:.*:)?([^':]+)':")
 SKIPPED = re.compile(r"^Stage '(?:.*:)?([^':]+)' (didn't change|is cached)")
 # what DVC says of itself at every stage
@@ -62,11 +65,14 @@ class Reproduction:
         """Time since the start."""
         return clock(time.monotonic() - self.started)
 
-    def run(self, *targets: str) -> int:
-        """`dvc repro --keep-going` of the targets, each stage headed by its number; DVC's exit code."""
+    def run(self, *targets: str, alone: bool = False) -> int:
+        """`dvc repro --keep-going` of the targets, each stage headed by its number; DVC's exit code.
+
+        ``alone``: the targets themselves and not what they depend on (`--single-item`).
+        """
         # an unbuffered DVC keeps its lines in order with those of the stages
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        command = ["dvc", "repro", "--keep-going", *targets]
+        command = ["dvc", "repro", "--single-item" if alone else "--keep-going", *targets]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1) as process:
             for line in process.stdout:
                 self._tell(line)
@@ -119,19 +125,49 @@ def likelihoods(suite: str, root: Path) -> str:
     return "\n".join(lines)
 
 
-def reproduce(targets: Sequence[str]) -> int:
-    """Reproduce pipeline files, `dvc.yaml` by default; reports are finished one after the other, so tables come early.
+def reproduce(targets: Sequence[str], everything: bool = False) -> int:
+    """Reproduce pipeline files; without targets the laptop's suites, one after the other, so that tables come early.
 
     After a failure the other stages go on, and the reports that DVC then skips are written from what succeeded.
     """
-    targets = list(targets) or ["dvc.yaml"]
+    if not targets:
+        return reproduce_laptop(everything)
     reproduction = Reproduction(stage_names(targets))
-    if targets == ["dvc.yaml"]:
-        targets = [name for name in reproduction.names if name.startswith("report-")]
     failed = [target for target in targets if reproduction.run(target)]
+    return finish(reproduction, failed)
+
+
+def reproduce_laptop(everything: bool) -> int:
+    """The suites of `dvc.yaml`, first without what only ``everything`` asks for, then with it.
+
+    A report depends on every variant of its suite, so that in the first part it is asked for alone.
+    """
+    names = stage_names(["dvc.yaml"])
+    wanted = names if everything else [name for name in names if MORE not in name.partition("@")[0]]
+    suites = [name.removeprefix("report-") for name in names if name.startswith("report-")]
+    reproduction, failed = Reproduction(wanted), []
+
+    def run(*targets: str, alone: bool = False) -> None:
+        if targets and reproduction.run(*targets, alone=alone):
+            failed.extend(targets)
+
+    for suite in suites:
+        last = [name for name in wanted if name.startswith((f"evaluate-{suite}@", f"references-{suite}"))]
+        run(*last)
+        if not failed:
+            run(f"report-{suite}", alone=True)
+    if everything:
+        for suite in suites:
+            run(f"report-{suite}")
+    run(*(name for name in wanted if name in ("validate", "estimators")))
     # the page depends on every report; asked for after a failure, DVC would try the failed stages a second time
-    if not failed and "index" in reproduction.names:
-        failed = ["index"] if reproduction.run("index") else []
+    if not failed:
+        run("index", alone=True)
+    return finish(reproduction, failed)
+
+
+def finish(reproduction: Reproduction, failed: Sequence[str]) -> int:
+    """Say how it ended; after a failure write the reports that were skipped. The exit code."""
     if failed:
         report_partially([name for name in reproduction.names if name not in reproduction.seen])
     end, total = "failed" if failed else "done", len(reproduction.names)
@@ -152,4 +188,5 @@ def report_partially(unvisited: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(reproduce(sys.argv[1:]))
+    given = sys.argv[1:]
+    sys.exit(reproduce([name for name in given if name != "--all"], "--all" in given))

@@ -37,9 +37,13 @@ from bench.data import Dataset, dequantise, load
 from bench.errors import InputError
 from bench.files import read_json, write_json
 from bench.progress import Bar
-from bench.provenance import count_flops, training_code
+from bench.provenance import training_code
+from bench.step_costs import StepCosts, step_costs
 from models.base import Model
 from models.noise import StepRandom, derive_seed
+
+# steps of a run at which the costs of a step are counted, as shares of it: phases may differ from one to the next
+COST_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 class TrainingDiverged(RuntimeError):
@@ -343,7 +347,7 @@ def _write_results(trainer: Trainer, folder: Path) -> None:
     from bench.files import write_text_atomic
     from bench.provenance import record
 
-    flops = flops_per_step(trainer)
+    cost = costs_of_step(trainer)
     # from here to the last line the folder holds no finished run, whatever was in it before
     for finished in ("provenance.json", "likelihood.json"):
         (folder / finished).unlink(missing_ok=True)
@@ -357,7 +361,8 @@ def _write_results(trainer: Trainer, folder: Path) -> None:
         "weights_sha256": file_hash(folder / "weights" / "model.safetensors"),
         "train_seconds": trainer.seconds,
         "parameters": parameter_counts(trainer.model),
-        "flops_per_step": flops,
+        "flops_per_step": cost.flops,
+        "peak_bytes": cost.peak_bytes,
         "images_seen": trainer.step * trainer.config.batch_size,
         "steps": trainer.step,
     }
@@ -370,9 +375,23 @@ def parameter_counts(model: Model) -> dict[str, int]:
     return {"score": 0, "flow": 0} | groups | {"total": sum(groups.values())}
 
 
-def flops_per_step(trainer: Trainer) -> int:
-    """Floating-point operations of one optimiser step, counted on a copy so that the trained state is not touched."""
-    model = copy.deepcopy(trainer.model)
-    random = StepRandom(0, 0, trainer.config.batch_size, trainer.rows, trainer.device)
-    x = trainer.batches(0, random)
-    return count_flops(lambda: [phase.loss_fn(x, random)[0].backward() for phase in model.phases()])
+def costs_of_step(trainer: Trainer) -> StepCosts:
+    """Mean FLOPs and largest live memory of an optimiser step, counted on a copy: the trained state is not touched.
+
+    Phases that run at some steps only count as often as they ran: the costs are those of steps spread over the run.
+    """
+    model = copy.deepcopy(trainer.model).train()
+    phases, flops, peak = model.phases(), [], 0
+    for step in {round(share * (trainer.config.steps - 1)) for share in COST_SHARES}:
+        random = StepRandom(0, step, trainer.config.batch_size, trainer.rows, trainer.device)
+        x = trainer.batches(0, random)
+        due = [phase for phase in phases if phase.due(step)]
+
+        def run(due=due, x=x, random=random) -> None:
+            for phase in due:
+                phase.loss_fn(x, random)[0].backward()
+
+        cost = step_costs(run)
+        flops.append(cost.flops)
+        peak = max(peak, cost.peak_bytes)
+    return StepCosts(round(sum(flops) / len(flops)), peak)

@@ -136,7 +136,7 @@ def test_plan_measures_every_cell_and_needs_nothing_prepared(capsys, project, mo
     monkeypatch.setattr(plan, "PROBE_SECONDS", 0.0)
     suite = load_suite("digits")
     (run,) = suite.runs("indm-vp-nll", seed=0)
-    monkeypatch.setattr(Suite, "runs", lambda self, seed: [run])
+    monkeypatch.setattr(Suite, "runs", lambda self, variant, seed: [run] if variant == run.variant else [])
     assert run.train.curve_samples > 0 and not run.features_file.exists()
     code, out, _ = indm_bench(capsys, "plan", "digits")
     assert code == 0 and f"{run.train.steps * run.train.batch_size:,}" in out

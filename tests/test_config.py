@@ -137,7 +137,7 @@ def test_a_written_configuration_reads_back_equal(suite):
             "samplers[0].eta = 2: must be less than or equal to 1",
         ),
         ("evaluate.samplers=[{name: ode, steps: [4]}]", "ode chooses its own steps"),
-        ("model.name=undm", '--set model.name = "undm": unknown model; accepted: indm'),
+        ("model.name=undm", '--set model.name = "undm": unknown model; accepted: bridge, diffflow, indm'),
         ("model.sde.name=pv", '--set model.sde.name = "pv": unknown sde; accepted: vp, subvp, ve'),
         ("model.sde.beta_mxa=1", "--set model.sde.beta_mxa: unknown key; accepted: name, beta_min, beta_max, eps"),
         ("model.flow=residual", '--set model.flow = "residual": must be a mapping with a name; accepted: identity'),
@@ -304,3 +304,38 @@ def test_values_that_no_configuration_can_hold():
         validate(TrainConfig, [1], ("train",))
     with pytest.raises(Invalid, match="neither text, number"):
         validate(TrainConfig, parse_yaml("steps: 2020-01-01", "here"), ("train",))
+
+
+MORE = """  more:
+    seeds: [0]
+    defaults: {train: {steps: 7}}
+    variants:
+      later: {model: {sde: {name: ve}}, datasets: {checkerboard: {train: {batch_size: 5}}}}
+"""
+
+
+def test_more_variants_have_seeds_and_defaults_of_their_own(suite):
+    suite = suite(SUITE + MORE)
+    assert (suite.core, suite.more) == (["plain", "flowing", "exploding"], ["later"])
+    assert suite.seeds_of("later") == [0] and suite.seeds_of("plain") == [0, 3]
+    runs = suite.runs("later")
+    assert [run.seed for run in runs] == [0] * len(suite.datasets)
+    assert {run.train.steps for run in runs} == {7}
+    assert {run.dataset: run.train.batch_size for run in runs}["checkerboard"] == 5
+    assert suite.runs("plain")[0].train.steps != 7
+    assert {(run.variant, run.seed) for run in suite.runs(seed=3)} == {("plain", 3), ("flowing", 3), ("exploding", 3)}
+    assert "seed 3 is not in suite tiny" in refusal(lambda: suite.runs("later", 3))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("later:", "plain:", "more.variants.plain: this name is taken"),
+        ("[0]", "[2, 2]", "more.seeds = [2, 2]: seed 2 is given twice"),
+        ("train: {steps", "trian: {steps", "more.defaults.trian: unknown key"),
+        ("{steps: 7}", "{steps: 0}", "more.defaults.train.steps = 0: must be"),
+        ("{name: ve}", "{name: vee}", 'more.variants.later.model.sde.name = "vee": unknown sde'),
+    ],
+)
+def test_more_variants_are_checked_like_the_others(suite, old, new, message):
+    assert message in refusal(lambda: suite(SUITE + MORE.replace(old, new)).runs("later"))

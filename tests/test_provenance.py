@@ -11,6 +11,7 @@ import torch
 
 from bench import provenance
 from bench.files import write_json
+from bench.step_costs import count_flops
 
 
 def test_record_is_strict_json_with_all_fields(tmp_path):
@@ -89,10 +90,10 @@ def test_a_changed_file_makes_the_version_dirty_and_a_report_does_not(tmp_path, 
 def test_flops_of_a_linear_layer_forward_and_backward():
     # out = x W^T with x (5, 7), W (3, 7): 2*5*7*3 forward; backward once for W, and once for x where it needs a gradient
     layer = torch.nn.Linear(7, 3, bias=False)
-    assert provenance.count_flops(lambda: layer(torch.ones(5, 7))) == 2 * 5 * 7 * 3
-    assert provenance.count_flops(lambda: layer(torch.ones(5, 7)).sum().backward()) == 2 * (2 * 5 * 7 * 3)
+    assert count_flops(lambda: layer(torch.ones(5, 7))) == 2 * 5 * 7 * 3
+    assert count_flops(lambda: layer(torch.ones(5, 7)).sum().backward()) == 2 * (2 * 5 * 7 * 3)
     x = torch.ones(5, 7, requires_grad=True)
-    assert provenance.count_flops(lambda: layer(x).sum().backward()) == 3 * (2 * 5 * 7 * 3)
+    assert count_flops(lambda: layer(x).sum().backward()) == 3 * (2 * 5 * 7 * 3)
 
 
 def test_training_code_ignores_comments_but_no_change_of_meaning(tmp_path, monkeypatch):

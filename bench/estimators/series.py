@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.estimators.common import COMMON, Budget, Measured, Subject, default_options, moments, source
 from bench.estimators.problems import FlowProblem
-from bench.provenance import count_flops
+from bench.step_costs import count_flops
 from models.flows import ResidualFlow
 from models.flows.log_det import Roulette
 
