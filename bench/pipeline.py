@@ -1,13 +1,14 @@
 """The DVC pipelines, written from the suites: `dvc.yaml` for those a laptop runs, a file of its own for each other.
 
-Variants do not stand in these files: matrix stages read them from the suite's YAML, so a new variant is one entry there.
-Seeds and data sets do, because DVC wants every output by name, and so does the code in `models/` that the variants
-execute, because another model's file must not make their results stale. The report depends on the whole folder of a
-suite's runs, which makes it wait for every variant.
+Variants of one model form a matrix stage: it depends on the code in `models/` that they execute, so that another model's
+file does not make their results stale. DVC wants every output by name, so seeds and data sets stand in these files. The
+report depends on the whole folder of a suite's runs, which makes it wait for every variant.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from bench.yaml_files import dump_yaml
 
 # reproduced by a plain `dvc repro`, in this order: the first tables come from the first
 LAPTOP = ("toy2d", "digits")
+USUAL_MODEL = "indm"
 FOLDER = Path("experiments/pipelines")
-HEADER = (
-    "# Written by `indm-bench pipeline` from the suites. A new variant is an entry in its suite's file, nothing here.\n"
-)
+HEADER = "# Written by `indm-bench pipeline` from the suites. A new variant is an entry in its suite's file.\n"
+# what the pipeline files were last written from; not part of the repository
+STAMP = Path(".checkpoints/pipeline")
 
 ESTIMATORS = "reports/estimators"
 
@@ -67,6 +69,22 @@ def write_pipelines() -> None:
     for path in FOLDER.glob("*/dvc.yaml"):
         if path not in wanted:
             path.unlink()
+
+
+def refresh() -> bool:
+    """Write the pipeline files again if the suites or the code have changed since that was last done; whether they had.
+
+    Cheap where nothing has: imports no model.
+    """
+    sources = [*Path("experiments").glob("*.yaml"), *Path("models").rglob("*.py"), *Path("bench").glob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(f"{path}\0".encode() + path.read_bytes())
+    if STAMP.is_file() and STAMP.read_text() == digest.hexdigest():
+        return False
+    write_pipelines()
+    write_text_atomic(STAMP, digest.hexdigest())
+    return True
 
 
 def outdated() -> list[Path]:
@@ -154,7 +172,7 @@ def suite_stages(suite: Suite) -> dict[str, Any]:
             "outs": [uncached(f"{folder}/references.json")],
         },
         **variant_stages(suite, suite.core, "", data, classifiers),
-        **(variant_stages(suite, suite.more, "more.", data, classifiers) if suite.more else {}),
+        **variant_stages(suite, suite.more, "more.", data, classifiers),
         f"report-{name}": {
             "cmd": f"indm-bench report {name}",
             "deps": sorted([*REPORT_CODE, "reports/reference.csv", f"{folder}/references.json", f"runs/{name}"]),
@@ -168,10 +186,33 @@ def suite_stages(suite: Suite) -> dict[str, Any]:
 
 
 def variant_stages(
-    suite: Suite, variants: list[str], section: str, data: list[str], classifiers: list[str]
+    suite: Suite, variants: Sequence[str], section: str, data: Sequence[str], classifiers: Sequence[str]
 ) -> dict[str, Any]:
-    """Training and evaluation of the variants of one section of the suite's file ("" or "more.")."""
-    name, file, suffix = suite.name, f"experiments/{suite.name}.yaml", "-more" if section else ""
+    """Training and evaluation of one section of the suite's file, "" or "more.", model by model.
+
+    Named train-<suite>, then -more and the model's name where they are not the usual ones.
+    """
+    groups: dict[str, list[str]] = {}
+    for variant in variants:
+        first = suite.runs(variant, suite.seeds_of(variant)[0], suite.datasets[0])[0]
+        groups.setdefault(first.model["name"], []).append(variant)
+    stages: dict[str, Any] = {}
+    for model, members in groups.items():
+        suffix = ("-more" if section else "") + ("" if model == USUAL_MODEL else f"-{model}")
+        stages |= matrix_stages(suite, members, section, suffix, data, classifiers)
+    return stages
+
+
+def matrix_stages(
+    suite: Suite,
+    variants: Sequence[str],
+    section: str,
+    suffix: str,
+    data: Sequence[str],
+    classifiers: Sequence[str],
+) -> dict[str, Any]:
+    """The two stages of variants that share their code."""
+    name, file = suite.name, f"experiments/{suite.name}.yaml"
     first = [run for variant in variants for run in suite.runs(variant, suite.seeds_of(variant)[0])]
     code, seeds, variant = model_files(first), suite.seeds_of(variants[0]), "${item.variant}"
     runs = {
@@ -192,10 +233,9 @@ def variant_stages(
         dataset: sorted({study for run in first if run.dataset == dataset for study in run.evaluate.studies})
         for dataset in suite.datasets
     }
-    matrix = {"variant": f"${{{name}.{section}variants}}"}
     return {
         f"train-{name}{suffix}": {
-            "matrix": matrix,
+            "matrix": {"variant": list(variants)},
             "cmd": f"indm-bench train {name} {variant}",
             "deps": sorted({*data, *TRAIN_CODE, *code, *(classifiers if curved else [])}),
             "params": [{file: [*narrow, *measured]}],
@@ -204,7 +244,7 @@ def variant_stages(
             ],
         },
         f"evaluate-{name}{suffix}": {
-            "matrix": matrix,
+            "matrix": {"variant": list(variants)},
             "cmd": f"indm-bench evaluate {name} {variant}",
             "deps": sorted([*classifiers, *data, *EVALUATE_CODE, *code, *(f"{run}/weights" for run in runs)]),
             "params": [{file: settings}],

@@ -95,7 +95,9 @@ class Reproduction:
         """After an evaluation, its suite's likelihoods so far: a first table long before the report."""
         stage, _, variant = self.current.partition("@")
         if variant and stage.startswith("evaluate-"):
-            print(likelihoods(stage.removeprefix("evaluate-"), runs_root()), flush=True)
+            suites = [name.removeprefix("report-") for name in self.names if name.startswith("report-")]
+            own = [suite for suite in suites if f"{stage}-".startswith(f"evaluate-{suite}-")]
+            print(likelihoods(max(own, key=len), runs_root()), flush=True)
         self.current = ""
 
     def _see(self, name: str) -> bool:
@@ -130,6 +132,10 @@ def reproduce(targets: Sequence[str], everything: bool = False) -> int:
 
     After a failure the other stages go on, and the reports that DVC then skips are written from what succeeded.
     """
+    from bench.pipeline import refresh
+
+    if refresh():
+        print("pipeline files written from the suites")
     if not targets:
         return reproduce_laptop(everything)
     reproduction = Reproduction(stage_names(targets))
@@ -152,7 +158,8 @@ def reproduce_laptop(everything: bool) -> int:
             failed.extend(targets)
 
     for suite in suites:
-        last = [name for name in wanted if name.startswith((f"evaluate-{suite}@", f"references-{suite}"))]
+        own = (f"evaluate-{suite}@", f"evaluate-{suite}-", f"references-{suite}")
+        last = [name for name in wanted if name.startswith(own) and MORE not in name.partition("@")[0]]
         run(*last)
         if not failed:
             run(f"report-{suite}", alone=True)

@@ -143,12 +143,11 @@ def resolve_run(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> Run
     model = resolve_component(kinds, "model", settings.get("model"), ("model",))
     train = validate(TrainConfig, settings.get("train", {}), ("train",))
     evaluate = validate(EvaluateConfig, settings.get("evaluate", {}), ("evaluate",))
-    groups = [part for part in model if part in registry.COMPONENTS and part != "sde"]
     for group in train.learning_rates:
-        if group not in groups:
-            raise Invalid(("train", "learning_rates", group), f": unknown key; {accepted(groups)}")
-    rates = {group: LEARNING_RATES.get(group, LEARNING_RATES["score"]) for group in groups}
-    train = train.model_copy(update={"learning_rates": {**rates, **train.learning_rates}})
+        if group not in LEARNING_RATES:
+            raise Invalid(("train", "learning_rates", group), f": unknown key; {accepted(LEARNING_RATES)}")
+    # a suite's defaults speak of every group, whether or not a variant has parameters of that kind
+    train = train.model_copy(update={"learning_rates": LEARNING_RATES | train.learning_rates})
     names = [entry.get("name") for entry in evaluate.samplers]
     for i, name in enumerate(names):
         if name in names[:i]:  # rows are told apart by the sampler's name

@@ -17,8 +17,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 Metric = Literal["fd", "kid", "precision_recall", "sliced_wasserstein", "energy"]
 
-# AdamW learning rates of the paper's CIFAR-10 runs, for the groups that a configuration leaves out
-LEARNING_RATES = {"score": 2e-4, "flow": 1e-3}
+# the kinds of parameters that a model's phases may have, with the AdamW learning rates of the paper's CIFAR-10 runs (INDM,
+# DiffFlow) for those that a configuration leaves out
+LEARNING_RATES = {"score": 2e-4, "drift": 2e-4, "flow": 1e-3}
 # dimensions of the features: a Frechet distance of fewer images has a singular covariance
 FEATURE_DIMS = {"classifier": 32, "inception": 2048}
 IMAGE_QUALITY = ("fd", "kid", "precision_recall")
@@ -29,7 +30,7 @@ class TrainConfig(Schema):
     """How a run is trained.
 
     ``steps`` optimiser steps of ``batch_size`` images; ``learning_rates`` by parameter group (AdamW; ``LEARNING_RATES``
-    fills in the others); ``warmup`` steps of linear learning-rate growth; ``ema`` the decay of the weights' moving
+    names them and fills in what is left out); ``warmup`` steps of linear learning-rate growth; ``ema`` the decay of the weights' moving
     average; ``clip`` the norm of each group's gradient (null: no clipping). The learning curve has ``curve`` points,
     evenly spaced in log(images), each measured on ``curve_images`` test images and ``curve_samples`` samples (0: no
     sample quality) drawn with ``curve_steps`` steps. ``checkpoint_every`` counts steps.

@@ -43,6 +43,8 @@ class Model(nn.Module, ABC):
     shape: tuple[int, ...]
     # under which a suite asks for the model; None for a class that others build on
     name: ClassVar[str | None] = None
+    # place in the taxonomy of forward processes: linear, semi-linear or fully nonlinear; discrete or continuous in time
+    family: str = ""
     # the sampler of the learning curve's sample quality
     curve_sampler: ClassVar[str] = "ddim"
 

@@ -12,7 +12,7 @@ from bench.config import load_suite
 from bench.errors import InputError
 from bench.layers import merge, parse_overrides
 from bench.options import Invalid, resolve_component, signature_schema, validate
-from bench.settings import TrainConfig
+from bench.settings import LEARNING_RATES, TrainConfig
 from bench.yaml_files import dump_yaml, parse_yaml
 
 SUITE = """\
@@ -81,7 +81,7 @@ def test_layers_merge_in_order_and_a_new_name_replaces_the_component(suite):
     plain, _, flowing, digits = suite().runs("plain", 0) + suite().runs("flowing", 0)
     assert plain.model["flow"] == {"name": "identity"}
     assert flowing.model["flow"]["blocks"] == 1 and digits.model["flow"]["blocks"] == [1, 1]
-    assert plain.model["score"]["width"] == 8 and plain.train.learning_rates == {"score": 1e-3, "flow": 1e-3}
+    assert plain.model["score"]["width"] == 8 and plain.train.learning_rates == LEARNING_RATES | {"score": 1e-3}
     exploding = suite(SUITE, ["model.sde.sigma_max=9"]).runs("exploding", 0)[0]
     # no beta of the default VP process survives the change of name
     assert exploding.model["sde"] == {"name": "ve", "sigma_min": 0.01, "sigma_max": 9.0, "eps": 1e-5}
@@ -115,7 +115,10 @@ def test_a_written_configuration_reads_back_equal(suite):
     [
         ("train.stpes=3", "--set train.stpes: unknown key; accepted: batch_size, steps, warmup"),
         ("train.learning_rates.score=-0.1", "--set train.learning_rates.score = -0.1: must be greater than 0"),
-        ("train.learning_rates.sorce=0.1", "--set train.learning_rates.sorce: unknown key; accepted: score, flow"),
+        (
+            "train.learning_rates.sorce=0.1",
+            "--set train.learning_rates.sorce: unknown key; accepted: score, drift, flow",
+        ),
         ("train.steps=1.5", "--set train.steps = 1.5: must be an integer"),
         ("train.steps='7'", '--set train.steps = "7": must be an integer'),
         ("train.steps=true", "--set train.steps = true: must be an integer"),
@@ -137,7 +140,7 @@ def test_a_written_configuration_reads_back_equal(suite):
             "samplers[0].eta = 2: must be less than or equal to 1",
         ),
         ("evaluate.samplers=[{name: ode, steps: [4]}]", "ode chooses its own steps"),
-        ("model.name=undm", '--set model.name = "undm": unknown model; accepted: bridge, diffflow, indm'),
+        ("model.name=undm", '--set model.name = "undm": unknown model; accepted: bridge, ddpm, diffflow, indm, ncsn'),
         ("model.sde.name=pv", '--set model.sde.name = "pv": unknown sde; accepted: vp, subvp, ve'),
         ("model.sde.beta_mxa=1", "--set model.sde.beta_mxa: unknown key; accepted: name, beta_min, beta_max, eps"),
         ("model.flow=residual", '--set model.flow = "residual": must be a mapping with a name; accepted: identity'),

@@ -12,13 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bench import repro
+from bench.pipeline import TABLES
 from bench.yaml_files import dump_yaml, read_yaml
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = "experiments/pipelines/smoke/dvc.yaml"
 VARIANTS = ["ddpmpp-vp", "indm-vp-fid"]
+# the README's guide: a model of one's own and its entry in a suite
+GUIDE = re.search(
+    r"^## A variant of your own$.*?^```python\n(?P<model>.*?)^```$.*?^```yaml\n(?P<entry>.*?)^```$",
+    (ROOT / "README.md").read_text(),
+    flags=re.M | re.S,
+)
+GUIDED = "gaussian"
 FILES = ["config.yaml", "learning_curve.csv", "likelihood.json", "per_image.npz", "provenance.json", "robustness.csv"]
 PICTURES = ["samples.png", "trajectory.png"]
 STUDIES = {"checkerboard": ["gap_split", "latents"], "digits": ["latents"]}
@@ -37,6 +46,7 @@ class Project:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, folder / name)
         self.edit(self._shrink)
+        (folder / "models" / f"{GUIDED}.py").write_text(GUIDE["model"])
         # the console script of this environment, running this copy's code
         script = folder / "bin" / "indm-bench"
         script.parent.mkdir()
@@ -70,7 +80,8 @@ class Project:
     @staticmethod
     def _shrink(suite):
         suite["seeds"] = [0]
-        suite["variants"] = {name: suite["variants"][name] for name in VARIANTS}
+        suite["variants"] = {name: suite["variants"][name] for name in VARIANTS} | yaml.safe_load(GUIDE["entry"])
+        suite.pop("more", None)
         for dataset, names in STUDIES.items():
             settings = suite["datasets"][dataset]["evaluate"]
             settings["studies"] = {name: settings["studies"][name] for name in names}
@@ -102,6 +113,7 @@ def test_every_stage_ran_and_said_so(project):
     headings = re.findall(r"^\[stage (\d+) of (\d+), [^\]]+\] (\S+)", project.said, flags=re.M)
     expected = {"references-smoke", "features-smoke", "report-smoke"}
     expected |= {f"{stage}-smoke@{variant}" for stage in ("train", "evaluate") for variant in VARIANTS}
+    expected |= {f"{stage}-smoke-{GUIDED}@{GUIDED}" for stage in ("train", "evaluate")}
     assert {name for _, _, name in headings} == expected
     assert [int(number) for number, _, _ in headings] == list(range(1, len(expected) + 1))
     assert "# Likelihood: NELBO, NLL and their gap" in project.said
@@ -136,6 +148,30 @@ def test_tables_hold_every_variant_and_the_references(project):
     assert {("checkerboard", "exact density"), ("digits", "Gaussian, full covariance")} <= found
 
 
+@pytest.mark.parametrize("table", [*TABLES, "latents"])
+def test_a_model_of_ones_own_stands_in_every_table(project, table):
+    """The guide of the README, followed to the letter: one file, one entry."""
+    rows = [row for row in project.table(table) if row.get("variant") == GUIDED]
+    assert {row["dataset"] for row in rows} == {"checkerboard", "digits"}
+
+
+def test_a_model_of_ones_own_is_measured_like_the_others(project):
+    """Its NELBO is its NLL, and both are those of the best Gaussian of independent dimensions, or nearly."""
+    rows = {row["dataset"]: row for row in project.table("nll_nelbo_gap") if row["variant"] == GUIDED}
+    for row in rows.values():
+        assert float(row["gap_corrected_mean"]) == pytest.approx(0, abs=1e-5)
+    assert float(rows["checkerboard"]["nll_corrected_mean"]) > math.log(8)
+
+
+def test_a_new_models_file_leaves_finished_runs_of_the_others_valid(project):
+    path = project.folder / "models" / f"{GUIDED}.py"
+    try:
+        path.write_text(GUIDE["model"] + "\n# changed\n")
+        assert {name.partition("@")[2] for name in changed_stages(project)} == {GUIDED}
+    finally:
+        path.write_text(GUIDE["model"])
+
+
 def test_metrics_and_plots_are_shown_by_dvc(project, tmp_path):
     shown = json.loads(project("dvc", "metrics", "show", "--json", "reports/smoke/metrics.json"))
     scalars = shown[""]["data"]["reports/smoke/metrics.json"]["data"]
@@ -151,7 +187,7 @@ def test_a_second_reproduction_does_nothing_within_ten_seconds(project):
     before = {path: path.stat().st_mtime_ns for path in (project.folder / "runs").rglob("*") if path.is_file()}
     started = time.monotonic()
     code, said = project.repro()
-    assert code == 0 and "7 of 7 stages were up to date" in said
+    assert code == 0 and "9 of 9 stages were up to date" in said
     assert time.monotonic() - started < 10
     assert before == {path: path.stat().st_mtime_ns for path in (project.folder / "runs").rglob("*") if path.is_file()}
 
@@ -170,7 +206,10 @@ def test_a_changed_variant_is_the_only_one_to_run_again(project):
         assert changed_stages(project) == {"train-smoke@ddpmpp-vp", "evaluate-smoke@ddpmpp-vp"}
         (project.folder / "experiments" / "smoke.yaml").write_text(saved)
         project.edit(lambda suite: suite["defaults"]["evaluate"].update(nelbo_times=5))
-        assert changed_stages(project) == {f"evaluate-smoke@{variant}" for variant in VARIANTS}
+        assert changed_stages(project) == {
+            *(f"evaluate-smoke@{variant}" for variant in VARIANTS),
+            f"evaluate-smoke-{GUIDED}@{GUIDED}",
+        }
     finally:
         (project.folder / "experiments" / "smoke.yaml").write_text(saved)
 
