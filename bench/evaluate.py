@@ -20,13 +20,21 @@ from bench.data import Dataset, load, quantise
 from bench.distances import energy_distance, sliced_wasserstein
 from bench.errors import InputError
 from bench.files import atomic_path, read_json, write_json, write_text_atomic
-from bench.likelihood import Units, measure, nelbo_per_image, nll_per_image, test_points, total_nats
+from bench.likelihood import (
+    FAILURES,
+    Units,
+    bound_kind,
+    chain_steps,
+    measure,
+    nelbo_per_image,
+    nll_per_image,
+    test_points,
+    total_nats,
+)
 from bench.sampling import draw
 from bench.studies import Context, conduct
 from bench.train import is_trained
-from models.base import Model, NotDefined
-from models.flows import FlowInverseError
-from models.integrators import IntegrationError
+from models.base import Model
 
 ROBUSTNESS_COLUMNS = (
     "sampler",
@@ -109,26 +117,37 @@ def extractor_name(run: RunConfig) -> str | None:
 
 
 def curve_point(model: Model, run: RunConfig, data: Dataset, device) -> dict[str, float | None]:
-    """One row of the learning curve: NELBO, NLL and sample quality of the averaged weights; None where it failed."""
+    """One row of the learning curve: NELBO, NLL and sample quality of the averaged weights.
+
+    Each is tried on its own, and None where it failed or is not defined. Samples are drawn by ``model.curve_sampler``.
+    """
     settings, units = run.train, Units(data)
     suffix = "nats" if data.levels is None else "bpd"
     metric = "energy" if data.levels is None else "fd"
     x = test_points(data, min(settings.curve_images, len(data.test)), run.seed)
-    batch, row = run.evaluate.batch_size, {f"nelbo_{suffix}": None, f"nll_{suffix}": None, metric: None}
-    try:
+    batch = run.evaluate.batch_size
+
+    def nelbo() -> float | None:
         (parts,) = nelbo_per_image(model, x, 1, CURVE_TIMES, batch, run.seed, device)
-        row[f"nelbo_{suffix}"] = _finite(units.total(total_nats(parts).mean()))
+        return _finite(units.total(total_nats(parts).mean()))
+
+    def nll() -> float | None:
         tolerance = {"rtol": CURVE_TOLERANCE, "atol": CURVE_TOLERANCE, "probes": run.evaluate.probes}
         parts = nll_per_image(model, x, batch, run.seed, device, corrected=True, **tolerance)
-        row[f"nll_{suffix}"] = _finite(units.total(total_nats(parts).mean()))
-    except (IntegrationError, NotDefined):
-        pass
-    if settings.curve_samples:
+        return _finite(units.total(total_nats(parts).mean()))
+
+    def distance() -> float | None:
+        if not settings.curve_samples:
+            return None
+        drawn = draw(model, settings.curve_samples, model.curve_sampler, settings.curve_steps, run.seed, batch)
+        return quality(drawn[0], run, data, [metric]).get(metric)
+
+    row: dict[str, float | None] = {}
+    for name, measured in ((f"nelbo_{suffix}", nelbo), (f"nll_{suffix}", nll), (metric, distance)):
         try:
-            samples, _, _ = draw(model, settings.curve_samples, "ddim", settings.curve_steps, run.seed, batch)
-            row[metric] = quality(samples, run, data, [metric]).get(metric)
-        except (FlowInverseError, NotDefined):
-            pass
+            row[name] = measured()
+        except FAILURES:
+            row[name] = None
     return row
 
 
@@ -153,7 +172,7 @@ def robustness(model: Model, run: RunConfig, data: Dataset) -> tuple[list[dict[s
                 measured = quality(x, run, data, run.evaluate.quality)
                 row |= {key: value for key, value in measured.items() if key in ROBUSTNESS_COLUMNS}
                 kept[entry["name"]] = x
-            except (FlowInverseError, IntegrationError, NotDefined) as error:
+            except FAILURES as error:
                 row["status"] = " ".join(str(error).split())
             rows.append(row)
     return rows, kept
@@ -163,7 +182,12 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
     """What must agree before two likelihoods or two distances may share a table."""
     settings = run.evaluate
     return {
-        "eps": model.sde.eps if hasattr(model, "sde") else 0.0,  # a chain begins at the data itself
+        # a truncation is chosen for measuring; where a chain has its first level belongs to the model itself
+        "eps": model.sde.eps if hasattr(model, "sde") and chain_steps(model) is None else None,
+        "chain_start": model.sde.eps if hasattr(model, "sde") and chain_steps(model) is not None else None,
+        # a variant's own: each model is bounded as it is defined, and the tables say how
+        "bound": bound_kind(model),
+        "curve_sampler": model.curve_sampler,
         "dequantiser": "uniform",
         "weights": "ema",
         "nelbo_repeats": settings.nelbo_repeats,
@@ -215,20 +239,9 @@ def evaluate(run: RunConfig) -> None:
     }
     folder = run.folder
     (folder / "likelihood.json").unlink(missing_ok=True)  # written last: until then nothing is finished
-    try:
-        record, arrays = measure(model, data, run.evaluate, run.seed, device)
-        record = {"status": "ok"} | record
-        with atomic_path(folder / "per_image.npz") as temporary:
-            np.savez_compressed(temporary, **arrays)
-    except (IntegrationError, NotDefined) as error:
-        units = Units(data)
-        record = {
-            "status": " ".join(str(error).split()),
-            "units": units.name,
-            "dims": units.dims,
-            "levels": units.levels,
-        }
-        record |= {"data": data.describe(), "n": 0, "nelbo": None, "nll": None, "gap": None, "truth": None}
+    record, arrays = measure(model, data, run.evaluate, run.seed, device)
+    with atomic_path(folder / "per_image.npz") as temporary:
+        np.savez_compressed(temporary, **arrays)
     rows, samples = robustness(model, run, data)
     write_robustness(folder / "robustness.csv", rows)
     pictures(model, run, data, samples, folder)
@@ -257,6 +270,6 @@ def pictures(model: Model, run: RunConfig, data: Dataset, samples: dict[str, Ten
 
         source = IndexedGenerator(run.seed, "trajectory", torch.arange(few))
         path = model.trajectory(test_points(data, few, run.seed).to(device), times, source).cpu()
-    except (FlowInverseError, NotDefined):
+    except FAILURES:
         path = None
     draw_trajectory(folder / "trajectory.png", path, times, data)

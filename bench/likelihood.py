@@ -1,11 +1,13 @@
 """A model's bounds over a test set: bits/dim in named parts, standard errors, per-image values kept.
 
 Every draw for test image i is a function of (seed, purpose, i): neither batch size nor process count changes a value.
+Each quantity stands alone: a model that lacks one, or fails at it, loses that one and keeps the others.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sized
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,22 @@ import torch
 from torch import Tensor
 
 from bench.data import Dataset, bits_per_dim, dequantise
-from models.base import Model
+from models.base import Model, NotDefined
+from models.flows import FlowInverseError
+from models.integrators import IntegrationError
 from models.noise import IndexedGenerator
+from models.nonlinear import NonlinearDiffusion
 
 OFFSET = "dequantisation"
+QUANTITIES = ("nelbo", "nll", "gap", "chain", "discrete")
+# what may keep a quantity from being measured without being a fault of the code
+FAILURES = (FlowInverseError, IntegrationError, NotDefined)
+
+Parts = dict[str, np.ndarray]
+
+
+class NotFinite(NotDefined):
+    """A quantity that came out as NaN or infinity for some test image."""
 
 
 def test_points(data: Dataset, count: int | None, seed: int) -> Tensor:
@@ -45,7 +59,7 @@ class Units:
         return self.part(nats) + self.offset
 
 
-def _batched(function, x: Tensor, batch_size: int, device, seed: int, purpose: str) -> dict[str, np.ndarray]:
+def _batched(function, x: Tensor, batch_size: int, device, seed: int, purpose: str) -> Parts:
     pieces: dict[str, list[np.ndarray]] = {}
     for first in range(0, len(x), batch_size):
         rows = torch.arange(first, min(first + batch_size, len(x)))
@@ -57,116 +71,234 @@ def _batched(function, x: Tensor, batch_size: int, device, seed: int, purpose: s
 
 def nelbo_per_image(
     model: Model, x: Tensor, repeats: int, times: int, batch_size: int, seed: int, device="cpu"
-) -> list[dict[str, np.ndarray]]:
+) -> list[Parts]:
     """For each independent repeat the bound's parts, nats (n,)."""
-    return [
-        _batched(
-            lambda rows, source: model.nelbo_parts(rows, times=times, generator=source),
-            x,
-            batch_size,
-            device,
-            seed,
-            f"nelbo {repeat}",
-        )
-        for repeat in range(repeats)
-    ]
+    return _repeated(
+        lambda rows, source: model.nelbo_parts(rows, times=times, generator=source),
+        x,
+        repeats,
+        batch_size,
+        seed,
+        "nelbo",
+        device,
+    )
 
 
-def nll_per_image(
-    model: Model, x: Tensor, batch_size: int, seed: int, device="cpu", **options: Any
-) -> dict[str, np.ndarray]:
+def _repeated(function, x: Tensor, repeats: int, batch_size: int, seed: int, purpose: str, device) -> list[Parts]:
+    return [_batched(function, x, batch_size, device, seed, f"{purpose} {repeat}") for repeat in range(repeats)]
+
+
+def chain_per_image(model: Model, x: Tensor, repeats: int, batch_size: int, seed: int, device="cpu") -> list[Parts]:
+    """For each of ``repeats`` paths the parts of the bound of the model's own chain, nats (n,)."""
+    function = lambda rows, source: model.chain_parts(rows, generator=source)  # noqa: E731
+    return _repeated(function, x, repeats, batch_size, seed, "chain", device)
+
+
+def discrete_per_image(
+    model: Model, images: Tensor, levels: int, repeats: int, batch_size: int, seed: int, device="cpu"
+) -> list[Parts]:
+    """For each of ``repeats`` paths the parts of the bound on -log P(k) of uint8 images k (n, ...), nats (n,)."""
+    function = lambda rows, source: model.discrete_parts(rows, levels, generator=source)  # noqa: E731
+    return _repeated(function, images, repeats, batch_size, seed, "discrete", device)
+
+
+def nll_per_image(model: Model, x: Tensor, batch_size: int, seed: int, device="cpu", **options: Any) -> Parts:
     """The ODE likelihood's parts, nats (n,), and nfe (n,)."""
     return _batched(
         lambda rows, source: model.nll_parts(rows, generator=source, **options), x, batch_size, device, seed, "nll"
     )
 
 
-def total_nats(parts: dict[str, np.ndarray], residual: bool = True) -> np.ndarray:
+def total_nats(parts: Parts, residual: bool = True) -> np.ndarray:
     """Sum of the parts; without the residual at eps where ``residual`` is False."""
     skip = {"nfe"} if residual else {"nfe", "reconstruction"}
     return sum(value for name, value in parts.items() if name not in skip)
+
+
+def _mean_parts(repeats: list[Parts]) -> Parts:
+    return {name: np.mean([parts[name] for parts in repeats], axis=0) for name in repeats[0]}
+
+
+def _checked(parts: Parts) -> Parts:
+    """The parts, whose total must be finite for every image: one NaN would spoil every mean."""
+    wrong = int((~np.isfinite(total_nats(parts))).sum())
+    if wrong:
+        raise NotFinite(f"not finite for {wrong} of {len(total_nats(parts))} test samples")
+    return parts
 
 
 def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def summary(parts: dict[str, np.ndarray], units: Units, residual: bool = True) -> dict[str, Any]:
-    """{"total", "se_images", "parts"} in the suite's unit; the parts sum to the total."""
+def summary(parts: Parts, units: Units, residual: bool = True, offset: bool = True) -> dict[str, Any]:
+    """{"total", "se_images", "parts"} in the suite's unit; the parts sum to the total.
+
+    ``offset`` False: of a probability of discrete images, which no dequantisation has made a density.
+    """
     nats = total_nats(parts, residual)
     names = [name for name in parts if name != "nfe" and (residual or name != "reconstruction")]
     named = {name: float(units.part(parts[name].mean())) for name in names}
-    if units.levels is not None:
+    if units.levels is not None and offset:
         named[OFFSET] = units.offset
-    return {
-        "total": float(units.total(nats.mean())),
-        "se_images": float(units.part(_standard_error(nats))),
-        "parts": named,
-    }
+    total = units.total(nats.mean()) if offset else units.part(nats.mean())
+    return {"total": float(total), "se_images": float(units.part(_standard_error(nats))), "parts": named}
 
 
-def measure(
-    model: Model, data: Dataset, settings, seed: int, device="cpu"
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The record of ``likelihood.json`` (without its header) and the arrays of ``per_image.npz``.
+def chain_steps(model: Model) -> int | None:
+    """Steps of the model's own discrete chain; None for a model that is continuous in time."""
+    if isinstance(model, NonlinearDiffusion):
+        return len(model.times) - 1
+    chain = getattr(model, "chain", None)
+    return len(chain) if isinstance(chain, Sized) else None
 
-    ``settings``: an EvaluateConfig. The NELBO and the NLL are evaluated on the same dequantised test images, so that
-    their difference is paired by image.
+
+def bound_is_chain(model: Model) -> bool:
+    """Whether the model's NELBO already is the bound of its own chain, which is then not computed twice."""
+    return isinstance(model, NonlinearDiffusion) or bool(getattr(model, "nelbo_is_chain", False))
+
+
+def bound_kind(model: Model) -> str:
+    """What kind of bound the model's NELBO is, as the tables say it."""
+    return f"chain of {chain_steps(model)} steps" if bound_is_chain(model) else "continuous"
+
+
+class Measurement:
+    """The quantities of one trained model on one test set, each tried on its own.
+
+    ``record``: what was measured, in the suite's unit; ``arrays``: per image, nats; ``reasons``: of what was not.
     """
-    units = Units(data)
-    x = test_points(data, settings.images, seed)
-    repeats = nelbo_per_image(model, x, settings.nelbo_repeats, settings.nelbo_times, settings.batch_size, seed, device)
-    mean = {name: np.mean([r[name] for r in repeats], axis=0) for name in repeats[0]}
-    options = {"rtol": settings.rtol, "atol": settings.atol, "probes": settings.probes}
-    right = nll_per_image(model, x, settings.batch_size, seed, device, corrected=True, **options)
-    clean = nll_per_image(model, x, settings.batch_size, seed, device, corrected=False, **options)
 
-    few = min(32, len(x))
-    options |= {"rtol": settings.rtol / 2, "atol": settings.atol / 2}
-    halved = nll_per_image(model, x[:few], settings.batch_size, seed, device, corrected=True, **options)
-    change = float(units.part((total_nats(halved) - total_nats(right)[:few]).mean()))
+    def __init__(self, model: Model, data: Dataset, settings, seed: int, device="cpu"):
+        self.model, self.data, self.settings, self.seed, self.device = model, data, settings, seed, device
+        self.units = Units(data)
+        self.x = test_points(data, settings.images, seed)
+        self.record: dict[str, Any] = dict.fromkeys(QUANTITIES)
+        self.reasons: dict[str, str] = {}
+        self.arrays: dict[str, np.ndarray] = {"index": np.arange(len(self.x))}
+        self.bounds: list[Parts] = []
+        for name in QUANTITIES:
+            try:
+                self.record[name] = getattr(self, f"_{name}")()
+            except FAILURES as error:
+                self.reasons[name] = " ".join(str(error).split())
 
-    bound: dict[str, Any] = {"repeats": settings.nelbo_repeats, "times": settings.nelbo_times}
-    gap: dict[str, Any] = {}
-    ode = {
-        "solver": "dormand-prince 5(4) in log(sigma/alpha), step control per image",
-        "rtol": settings.rtol,
-        "atol": settings.atol,
-        "probes": settings.probes,
-        "nfe_mean": float(right["nfe"].mean()),
-        "nfe_max": int(right["nfe"].max()),
-        "tolerance_check": {"n": few, "change": change},
-    }
-    for name, residual, other in (("corrected", True, right), ("uncorrected", False, clean)):
-        means = [units.total(total_nats(r, residual).mean()) for r in repeats]
-        bound[name] = summary(mean, units, residual) | {"se_repeats": _standard_error(np.array(means))}
-        ode[name] = summary(other, units, residual)
-        difference = total_nats(mean, residual) - total_nats(other, residual)
-        gap[name] = {
-            "total": float(units.part(difference.mean())),
-            "se": float(units.part(_standard_error(difference))),
+    def _nelbo(self) -> dict[str, Any]:
+        settings, units = self.settings, self.units
+        repeats = nelbo_per_image(
+            self.model,
+            self.x,
+            settings.nelbo_repeats,
+            settings.nelbo_times,
+            settings.batch_size,
+            self.seed,
+            self.device,
+        )
+        mean = _checked(_mean_parts(repeats))
+        self.bounds = repeats
+        self.arrays |= {"nelbo": total_nats(mean), "nelbo_uncorrected": total_nats(mean, False)}
+        bound: dict[str, Any] = {"repeats": settings.nelbo_repeats, "times": settings.nelbo_times}
+        for name, residual in (("corrected", True), ("uncorrected", False)):
+            means = np.array([units.total(total_nats(parts, residual).mean()) for parts in repeats])
+            bound[name] = summary(mean, units, residual) | {"se_repeats": _standard_error(means)}
+        return bound
+
+    def _nll(self) -> dict[str, Any]:
+        settings, units = self.settings, self.units
+        options = {"rtol": settings.rtol, "atol": settings.atol, "probes": settings.probes}
+        measure: Callable[..., Parts] = lambda x, **given: _checked(  # noqa: E731
+            nll_per_image(self.model, x, settings.batch_size, self.seed, self.device, **given)
+        )
+        right = measure(self.x, corrected=True, **options)
+        clean = measure(self.x, corrected=False, **options)
+        few = min(32, len(self.x))
+        finer = options | {"rtol": settings.rtol / 2, "atol": settings.atol / 2}
+        try:
+            halved = total_nats(measure(self.x[:few], corrected=True, **finer))
+            change = float(units.part((halved - total_nats(right)[:few]).mean()))
+        except FAILURES:
+            change = None  # the check failed, not the number
+        self.arrays |= {"nll": total_nats(right), "nll_uncorrected": total_nats(clean, False)}
+        self.arrays["nfe"] = right["nfe"].astype(np.int64)
+        return {
+            "solver": "dormand-prince 5(4), step control per image",
+            "rtol": settings.rtol,
+            "atol": settings.atol,
+            "probes": settings.probes,
+            "nfe_mean": float(right["nfe"].mean()),
+            "nfe_max": int(right["nfe"].max()),
+            "tolerance_check": {"n": few, "change": change},
+            "corrected": summary(right, units),
+            "uncorrected": summary(clean, units, False),
         }
+
+    def _gap(self) -> dict[str, Any]:
+        """NELBO - NLL, paired by image: both are of the same dequantised test images."""
+        lacking = next((name for name in ("nelbo", "nll") if name in self.reasons), None)
+        if lacking:
+            raise NotDefined(self.reasons[lacking])
+        gap = {}
+        for name, ending in (("corrected", ""), ("uncorrected", "_uncorrected")):
+            difference = self.arrays[f"nelbo{ending}"] - self.arrays[f"nll{ending}"]
+            total, error = difference.mean(), _standard_error(difference)
+            gap[name] = {"total": float(self.units.part(total)), "se": float(self.units.part(error))}
+        return gap
+
+    def _chain(self) -> dict[str, Any]:
+        settings = self.settings
+        if bound_is_chain(self.model):
+            if "nelbo" in self.reasons:
+                raise NotDefined(self.reasons["nelbo"])
+            repeats = self.bounds
+        else:
+            options = (settings.nelbo_repeats, settings.batch_size, self.seed, self.device)
+            repeats = chain_per_image(self.model, self.x, *options)
+        mean = _checked(_mean_parts(repeats))
+        self.arrays["chain"] = total_nats(mean)
+        return self._bound(mean, repeats)
+
+    def _discrete(self) -> dict[str, Any]:
+        settings, levels = self.settings, self.data.levels
+        if levels is None:
+            raise NotDefined("not defined for 2-D data")
+        images = self.data.test[: len(self.x)]
+        options = (settings.nelbo_repeats, settings.batch_size, self.seed, self.device)
+        repeats = discrete_per_image(self.model, images, levels, *options)
+        mean = _checked(_mean_parts(repeats))
+        self.arrays["discrete"] = total_nats(mean)
+        return self._bound(mean, repeats, offset=False)
+
+    def _bound(self, mean: Parts, repeats: list[Parts], offset: bool = True) -> dict[str, Any]:
+        means = np.array([self.units.part(total_nats(parts).mean()) for parts in repeats])
+        said = {"steps": chain_steps(self.model), "repeats": len(repeats), "se_repeats": _standard_error(means)}
+        return summary(mean, self.units, offset=offset) | said
+
+
+def measure(model: Model, data: Dataset, settings, seed: int, device="cpu") -> tuple[dict[str, Any], Parts]:
+    """The record of ``likelihood.json`` (without its header) and the arrays of ``per_image.npz``, nats.
+
+    ``settings``: an EvaluateConfig. "nelbo", "nll", "gap" and "chain" are of the density of the dequantised test
+    images, all of the same ones; "discrete" bounds the probability of the images themselves (bits/dim without the
+    offset of dequantisation) and compares with none of them. A quantity that could not be measured is null, and
+    "reasons" says why; "status" is "ok" unless none could be.
+    """
+    measured = Measurement(model, data, settings, seed, device)
+    units, x, reasons = measured.units, measured.x, measured.reasons
     truth = None
     if data.log_prob is not None:
         exact = -data.log_prob(x).double().numpy()
         truth = {"nll": float(exact.mean()), "se_images": _standard_error(exact)}
+    failed = all(measured.record[name] is None for name in QUANTITIES)
+    said = "; ".join(dict.fromkeys(reasons[name] for name in ("nelbo", "nll") if name in reasons))
     record = {
+        "status": said if failed else "ok",
         "units": units.name,
         "dims": units.dims,
         "levels": units.levels,
         "data": data.describe(),
         "n": len(x),
-        "nelbo": bound,
-        "nll": ode,
-        "gap": gap,
+        "family": getattr(model, "family", None),
+        "reasons": reasons,
         "truth": truth,
     }
-    arrays = {
-        "nelbo": total_nats(mean),
-        "nelbo_uncorrected": total_nats(mean, False),
-        "nll": total_nats(right),
-        "nll_uncorrected": total_nats(clean, False),
-        "nfe": right["nfe"].astype(np.int64),
-        "index": np.arange(len(x)),
-    }
-    return record, arrays
+    return record | measured.record, measured.arrays

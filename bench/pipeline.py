@@ -46,7 +46,16 @@ REPORT_CODE = ["bench/claims", "bench/conventions/__init__.py", "bench/report", 
 
 TRAINED = ["config.yaml", "learning_curve.csv", "provenance.json"]
 EVALUATED = ["likelihood.json", "per_image.npz", "robustness.csv", "samples.png", "trajectory.png"]
-TABLES = ["claims", "costs", "learning_curve", "likelihood_parts", "nll_nelbo_gap", "step_robustness"]
+TABLES = [
+    "bounds",
+    "claims",
+    "costs",
+    "discrete_bounds",
+    "learning_curve",
+    "likelihood_parts",
+    "nll_nelbo_gap",
+    "step_robustness",
+]
 PLOTS = {
     "learning curve": ("learning_curve.csv", "images", "nelbo", "lines", "training images", "NELBO"),
     "gap": ("gap.csv", "gap", "variant", "gaps", "NELBO - NLL", "variant"),

@@ -34,19 +34,21 @@ FLOOR = 0.002
 TABLES = {
     "learning_curve": ("dataset", "variant", "images"),
     "nll_nelbo_gap": ("dataset", "kind", "variant"),
+    "bounds": ("dataset", "variant"),
+    "discrete_bounds": ("dataset", "variant"),
     "likelihood_parts": ("dataset", "variant", "bound", "correction"),
     "step_robustness": ("dataset", "kind", "variant", "sampler", "steps"),
     "costs": ("dataset", "variant"),
 }
 COUNTED = ("precision", "recall")
-MACHINE = ("seconds", "train_seconds", "evaluate_seconds", "ms_per_step", "peak_memory_mb")
+MACHINE = ("seconds", "train_seconds", "evaluate_seconds", "ms_per_step", "peak_bytes", "peak_memory_mb")
 # the floor of a small difference, or of a part that others cancel, is a share of the numbers it comes from
 SCALES = {
     "gap_corrected": ("nelbo_corrected", "nll_corrected"),
     "gap_uncorrected": ("nelbo_uncorrected", "nll_uncorrected"),
     **dict.fromkeys(
-        ("prior", "diffusion", "ode", "reconstruction", "flow", "total"),
-        ("prior", "diffusion", "ode", "reconstruction", "flow", "total"),
+        ("prior", "diffusion", "ode", "reconstruction", "flow", "other", "total"),
+        ("prior", "diffusion", "ode", "reconstruction", "flow", "other", "total"),
     ),
 }
 MISSING_TABLE, MISSING_ROW, ABSENT, CHANGED, NEW = "missing table", "missing row", "absent", "changed", "new"

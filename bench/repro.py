@@ -6,6 +6,7 @@ without the variants that its suites list under ``more``; with ``--all`` they fo
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -113,9 +114,10 @@ def likelihoods(suite: str, root: Path) -> str:
     units = ""
     for path in sorted((root / suite).rglob("likelihood.json")):
         record = read_json(path)
-        if record["status"] == "ok":
+        if record["nll"]:
             units = record["units"]
-            pair = record["nelbo"]["corrected"]["total"], record["nll"]["corrected"]["total"]
+            # NCSN has no NELBO
+            pair = tuple(record[key]["corrected"]["total"] if record[key] else math.nan for key in ("nelbo", "nll"))
             found.setdefault((record["dataset"], record["variant"]), []).append(pair)
     lines = [
         f"\n{suite} so far ({units})",

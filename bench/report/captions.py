@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bench.report.display import plain
+from bench.report.display import SAMPLERS, label, plain
+from bench.report.forms import TABLES
+from bench.report.grid import Grid, common, stated
 from bench.report.load import Run, finite
-from bench.report.tables import Grid, _common
 
 # data of the paper's tables; a reduced training budget is still said
 PAPER_DATA = ("cifar10", "celeba64")
@@ -13,9 +14,7 @@ PAPER_SCALE = ("cifar10", "celeba64")
 
 def captions(suite: str, grid: Grid) -> dict[str, dict[str, str]]:
     """Table -> data set (or "published") -> caption."""
-    made: dict[str, dict[str, str]] = {
-        name: {} for name in ("learning_curve", "nll_nelbo_gap", "likelihood_parts", "step_robustness", "costs")
-    }
+    made: dict[str, dict[str, str]] = {name: {} for name in TABLES}
     for dataset in grid.datasets:
         runs = grid.of(dataset)
         first = next((run for run in runs if run.likelihood and not run.diverged), None)
@@ -24,7 +23,10 @@ def captions(suite: str, grid: Grid) -> dict[str, dict[str, str]]:
             "Each number is the mean over seeds ± half its 95 % t interval; no ± where all seeds agree or there is one."
         )
         made["learning_curve"][dataset] = " ".join((scale, _curve(runs), spread))
-        made["nll_nelbo_gap"][dataset] = " ".join((scale, _likelihood(first), spread))
+        words = (scale, _likelihood(runs), spread, not_run_words(grid))
+        made["nll_nelbo_gap"][dataset] = " ".join(filter(None, words))
+        made["bounds"][dataset] = " ".join((scale, _bounds(runs), spread))
+        made["discrete_bounds"][dataset] = " ".join((scale, DISCRETE, spread))
         made["likelihood_parts"][dataset] = " ".join((scale, _parts(first), spread))
         made["step_robustness"][dataset] = " ".join((scale, _quality(runs), spread))
         made["costs"][dataset] = " ".join((scale, _costs(), spread))
@@ -68,10 +70,40 @@ def scale_words(suite: str, dataset: str, runs: list[Run]) -> str:
     return f"Trained on {budget} {what}: neither the data set nor the scale is the paper's."
 
 
-def _likelihood(run: Run | None) -> str:
-    if run is None:
+CHAINS = "Where it is of a chain, a repeat is over as many paths as take about that number of steps, at least one. "
+
+
+def not_run_words(grid: Grid) -> str:
+    """Which variants of the suite's longer reproduction have no run at all; empty where there is none."""
+    if not grid.not_run:
+        return ""
+    return f"Not run: {', '.join(map(label, grid.not_run))}; `make repro-all` runs them."
+
+
+DISCRETE = (
+    "In bits/dim of the grey levels themselves, which no noise has dequantised: a bound on −log P(k) of a discrete "
+    "image k, for a model whose last step is a law of grey levels. Not comparable with any other table: those hold "
+    "densities of dequantised images, whose bits/dim include the offset and the cost of the noise."
+)
+
+
+def _bounds(runs: list[Run]) -> str:
+    return (
+        f"All in {stated(runs, 'units') or 'one unit'}, of the density of the same (for images: dequantised) test "
+        "samples, residual included. NELBO: the bound that the model is trained or usually evaluated with; its kind "
+        "stands beside it. Bound of the chain: of the model's own discrete chain, a true bound at its number of steps. "
+        "Where the NELBO is of the chain, the two are one number. NLL: of the probability-flow ODE."
+    )
+
+
+def _likelihood(runs: list[Run]) -> str:
+    record = {}
+    for run in runs:
+        # a run without one of the two says nothing of how it was measured
+        known = {} if run.diverged else run.likelihood or {}
+        record |= {name: value for name, value in known.items() if value is not None and name not in record}
+    if not record:
         return "No run was evaluated."
-    record = run.likelihood or {}
     nelbo, nll, protocol = (record.get(name) or {} for name in ("nelbo", "nll", "protocol"))
     probes = nll.get("probes")
     trace = "exact divergence" if probes == "exact" else f"{probes} Hutchinson probe{'' if probes == 1 else 's'}"
@@ -80,12 +112,16 @@ def _likelihood(run: Run | None) -> str:
     dequantiser = f", {protocol['dequantiser']} dequantisation" if discrete else ""
     weights = f", {str(protocol['weights']).upper()} weights" if protocol.get("weights") else ""
     tolerances = f"rtol {plain(nll.get('rtol'))}, atol {plain(nll.get('atol'))}"
+    kinds = {str(kind) for run in runs if (kind := ((run.likelihood or {}).get("protocol") or {}).get("bound"))}
+    chains = CHAINS if kinds - {"continuous"} else ""
+    bound = f"{nelbo.get('repeats')} repeats of {nelbo.get('times')} time draws a sample"
+    ode = f"{nll.get('solver')}, {tolerances}, {trace}"
     return (
         f"In {record.get('units')}, over the same n = {record.get('n')} test samples for every row"
-        f"{eps}{dequantiser}{weights}. NELBO bounds the generative SDE: {nelbo.get('repeats')} repeats of "
-        f"{nelbo.get('times')} time draws a sample. NLL is of the probability-flow ODE: {nll.get('solver')}, "
-        f"{tolerances}, {trace}. Gap = NELBO − NLL; the two belong to different processes, so it may be negative. "
-        "Corrected numbers include the residual term at eps, uncorrected ones leave it out."
+        f"{eps}{dequantiser}{weights}. NELBO bounds the generative SDE: "
+        f"{bound if nelbo else 'not defined here'}. {chains}NLL is of the probability-flow ODE: "
+        f"{ode if nll else 'not defined here'}. Gap = NELBO − NLL; the two belong to different processes, so it may be "
+        "negative. Corrected numbers include the residual term at eps, uncorrected ones leave it out."
     )
 
 
@@ -93,24 +129,32 @@ def _parts(run: Run | None) -> str:
     units = (run.likelihood or {}).get("units") if run else None
     return (
         f"The named parts of each bound{f', in {units}' if units else ''}; they sum to the total. The ODE part belongs "
-        "to the NLL, the diffusion part to the NELBO; uncorrected bounds have no reconstruction part."
+        "to the NLL, the diffusion part to the NELBO and to the bound of a chain; uncorrected bounds have no "
+        "reconstruction part. Other: parts that only one model names."
     )
 
 
 def _curve(runs: list[Run]) -> str:
     settings = [run.config.get("train") or {} for run in runs if run.config]
-    images = _common(setting.get("curve_images") for setting in settings)
-    samples = _common(setting.get("curve_samples") for setting in settings)
-    steps = _common(setting.get("curve_steps") for setting in settings)
+    images = common(setting.get("curve_images") for setting in settings)
+    samples = common(setting.get("curve_samples") for setting in settings)
+    steps = common(setting.get("curve_steps") for setting in settings)
     text = f"Measured with the averaged weights on {images or 'a fixed number of'} test samples"
-    return text + (f"; sample quality on {samples} samples of {steps} steps." if samples else ".")
+    text += f"; sample quality on {samples} samples of {steps} steps" if samples else ""
+    samplers = stated(runs, "protocol", "curve_sampler") if samples else None
+    names = ", ".join(SAMPLERS.get(name, name) for name in samplers.split("; ")) if samplers else ""
+    compute = (
+        "To be read against images seen, or against what these took: FLOPs are those of a step times the steps, "
+        "training seconds leave out the measurement of the curve."
+    )
+    return f"{text}{f' ({names})' if names else ''}. {compute}"
 
 
 def _quality(runs: list[Run]) -> str:
     counts = sorted({line.get("n", "") for run in runs for line in run.robustness} - {""}, key=float)
     n = " or ".join(str(int(float(count))) for count in counts) or "an unknown number of"
-    features = _common((run.config.get("evaluate") or {}).get("features") for run in runs)
-    reference = _common(((run.likelihood or {}).get("protocol") or {}).get("reference") for run in runs)
+    features = common((run.config.get("evaluate") or {}).get("features") for run in runs)
+    reference = common(((run.likelihood or {}).get("protocol") or {}).get("reference") for run in runs)
     against = f"the {reference}{'ing' if reference == 'train' else ''} set" if reference else "the data"
     if any(line.get("energy") or line.get("sliced_wasserstein") for run in runs for line in run.robustness):
         what = f"Energy distance and sliced Wasserstein distance to {against}"
@@ -130,6 +174,8 @@ def _quality(runs: list[Run]) -> str:
 
 def _costs() -> str:
     return (
+        "FLOPs are of matrix products and convolutions, a multiply-add counted as two; those of training are those of "
+        "a step times the steps. The peak of a step is of the tensors that it holds at once beyond weights and data. "
         "Training seconds leave out the measurement of the learning curve; ms a step are training seconds over steps. "
         "Seconds and megabytes hold for the device named in the row only."
     )

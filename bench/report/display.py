@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.report.cells import OK, Cell, Row, Table
@@ -20,6 +20,17 @@ LABELS = {
     "indm-vp-nll": "INDM (VP, NLL)",
     "indm-vp-fid": "INDM (VP, FID)",
     "indm-ve": "INDM (VE)",
+    "indm-vp-glow": "INDM (VP, Glow)",
+    "indm-vp-pretrained": "INDM (VP, pre-trained)",
+    "indm-vp-st": "INDM (VP, ST)",
+    "diffflow": "DiffFlow",
+    "sbp-fbsde": "SB-FBSDE",
+    "sbp-dsb": "DSB",
+    "ddpm": "DDPM",
+    "ncsn": "NCSN",
+    "scoreflow-vp": "ScoreFlow (VP)",
+    "sdeflow-uniform": "sdeflow (uniform)",
+    "sdeflow-debiased": "sdeflow (debiased)",
 }
 SAMPLERS = {
     "euler_maruyama": "Euler–Maruyama",
@@ -27,13 +38,24 @@ SAMPLERS = {
     "ode": "the adaptive ODE",
     "heun": "Heun",
     "ddim": "DDIM",
+    "ancestral": "ancestral sampling",
+    "annealed_langevin": "annealed Langevin dynamics",
 }
 TITLES = {
     "learning_curve": "Learning curve",
     "nll_nelbo_gap": "Likelihood: NELBO, NLL and their gap",
+    "bounds": "Bounds: continuous and of discrete chains",
+    "discrete_bounds": "Bounds on discrete images",
     "likelihood_parts": "Likelihood in parts",
     "step_robustness": "Sample quality against steps",
     "costs": "Costs",
+}
+# of a table without a row
+EMPTY = {
+    "discrete_bounds": (
+        "No data set of this suite consists of images with discrete grey levels, so that no model has a probability "
+        "of such an image to bound."
+    )
 }
 HEADINGS = {
     "nelbo": "NELBO",
@@ -42,20 +64,37 @@ HEADINGS = {
     "fd": "FD",
     "kid": "KID",
     "nfe": "NFE",
+    "chain": "bound of the chain",
+    "discrete": "bound on −log P(image)",
+    "chain_steps": "steps of the chain",
+    "bound": "kind of bound",
     "energy": "energy distance",
     "sliced_wasserstein": "sliced Wasserstein",
     "images_seen": "images seen",
     "parameters_score": "parameters, score",
     "parameters_flow": "parameters, flow",
+    "parameters_drift": "parameters, drift",
     "parameters_total": "parameters",
     "train_seconds": "training, s",
     "evaluate_seconds": "evaluation, s",
     "ms_per_step": "ms a step",
+    "flops": "training, FLOPs",
     "flops_per_step": "FLOPs a step",
-    "peak_memory_mb": "peak memory, MB",
+    "flops_total": "FLOPs of training",
+    "peak_bytes": "peak of a step, bytes",
+    "peak_memory_mb": "peak of the process, MB",
     "seconds": "sampling, s",
 }
-COUNTS = ("parameters_score", "parameters_flow", "parameters_total", "images_seen", "steps")
+COUNTS = ("parameters_score", "parameters_flow", "parameters_drift", "parameters_total", "images_seen", "steps")
+# shown with a prefix: 1.23 G
+LARGE = ("flops", "flops_per_step", "flops_total", "peak_bytes")
+# words that stand behind a table's numbers, where any row has them
+SAID = {
+    "nll_nelbo_gap": ("bound", "family"),
+    "bounds": ("bound", "chain_steps", "family"),
+    "discrete_bounds": ("chain_steps", "family"),
+    "costs": ("family", "device"),
+}
 
 
 @dataclass
@@ -136,9 +175,7 @@ def cell_text(cell: Cell | None, metric: str = "", seeds: bool = True) -> str:
         return cell.status
     if metric in COUNTS and not summary.sd:
         return f"{summary.mean:,.0f}"
-    if metric == "flops_per_step" and not summary.sd:
-        return engineering(summary.mean)
-    text = interval(summary)
+    text = engineering(summary) if metric in LARGE else interval(summary)
     return f"{text} ({_seeds(cell)} seeds)" if seeds and cell.status != OK else text
 
 
@@ -148,12 +185,18 @@ def _seeds(cell: Cell) -> str:
     return partial or str(cell.summary.n if cell.summary else 0)
 
 
-def engineering(value: float) -> str:
-    """1.23e9 -> "1.23 G"."""
+def engineering(summary: Summary) -> str:
+    """A large number with its interval: 1.23e9 -> "1.23 G", with a spread "1.23 ± 0.10 G"."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{number(value / size, 3)} {prefix}"
-    return number(value, 3)
+        if abs(summary.mean) >= size:
+            break
+    else:
+        prefix, size = "", 1.0
+    if not summary.half:
+        return f"{number(summary.mean / size, 3)} {prefix}".rstrip()
+    low, high = (None if end is None else end / size for end in (summary.low, summary.high))
+    scaled = replace(summary, mean=summary.mean / size, low=low, high=high)
+    return f"{interval(scaled)} {prefix}".rstrip()
 
 
 def views(table: Table, captions: Mapping[str, str], variants: Sequence[str] = ()) -> list[View]:
@@ -176,10 +219,15 @@ def _measured_view(table: Table, dataset: str, rows: list[Row], caption: str) ->
     within = table.name == "nll_nelbo_gap"
     columns = [{"images": "images seen"}.get(name, name) for name in names] + [heading(metric) for metric in shown]
     columns += ["SE over images: NELBO, NLL, gap", "NFE of the NLL"] if within else []
-    columns += ["device"] if table.name == "costs" else []
-    view = View(table.name, dataset, caption, [*columns, "seeds"], [], words=frozenset((*names, "device")) - {"steps"})
-    for row in rows:
+    said = [name for name in SAID.get(table.name, ()) if any(row.extra.get(name) for row in rows)]
+    columns += [heading(name) for name in said]
+    words = frozenset((*names, *map(heading, said))) - {"steps"}
+    view = View(table.name, dataset, caption, [*columns, "seeds"], [], words=words)
+    # the tables of the studies keep a line a row
+    together = _together(rows, names, shown) if table.name in TITLES else [(row, "") for row in rows]
+    for row, covered in together:
         line = [_key_text(name, row) for name in names]
+        line[-1] = covered or line[-1]
         cells = {metric: cell for metric in shown if (cell := row.cells.get(metric))}
         counts = list(dict.fromkeys(_seeds(cell) for cell in cells.values() if cell.summary))
         texts = [cell_text(row.cells.get(metric), metric, seeds=len(counts) > 1) for metric in shown]
@@ -191,16 +239,32 @@ def _measured_view(table: Table, dataset: str, rows: list[Row], caption: str) ->
             errors = [finite(row.extra.get(name)) for name in ("nelbo_se_images", "nll_se_images", "gap_se")]
             line += [", ".join(number(error, 2) for error in errors) if any(errors) else BLANK]
             line += [number(finite(row.extra.get("nfe")), 3)]
-        if table.name == "costs":
-            line += [str(row.extra.get("device") or BLANK)]
+        line += [str(row.extra.get(name) or BLANK) for name in said]
         view.rows.append([*line, BLANK if row.kind == "reference" else ", ".join(counts) or "0"])
     view.notes = _notes(rows, names, shown)
     return view
 
 
+def _together(rows: Sequence[Row], names: Sequence[str], metrics: Sequence[str]) -> list[tuple[Row, str]]:
+    """Rows that differ in their last key alone and have no number, all for one reason, become one: (row, last keys)."""
+    groups: dict[Any, list[Row]] = {}
+    for place, row in enumerate(rows):
+        reasons = {cell.status if cell.summary is None else None for name in metrics if (cell := row.cells.get(name))}
+        alone = len(names) < 2 or len(reasons) != 1 or None in reasons
+        keys = tuple(str(row.keys.get(name)) for name in names[:-1])
+        groups.setdefault(place if alone else (row.kind, keys, *reasons), []).append(row)
+    said = []
+    for group in groups.values():
+        texts = [_key_text(names[-1], row) for row in group]
+        said.append((group[0], f"{texts[0]} to {texts[-1]}" if len(group) > 2 else " and ".join(texts)))
+    return said
+
+
 def _worth_showing(metric: str, rows: list[Row]) -> bool:
     """A quantity that is not defined or not asked for on the whole data set needs no column."""
     cells = [cell for row in rows if (cell := row.cells.get(metric))]
+    if metric == "parameters_drift" and not any(cell.summary and cell.summary.mean for cell in cells):
+        return False  # no model here has such a network
     return any(cell.summary or not cell.status.startswith(("not defined", "not asked")) for cell in cells)
 
 
@@ -273,22 +337,22 @@ def _said(row: Row) -> list[str]:
     return [detail or BLANK, *(str(row.extra.get(name) or BLANK) for name in ("source", "trust"))]
 
 
-def markdown(title: str, made: Sequence[View]) -> str:
-    """A document of one section a view."""
-    blocks = [f"# {title}"]
+def markdown(title: str, made: Sequence[View], empty: str = "") -> str:
+    """A document of one section a view; the words of ``empty`` where there is none."""
+    blocks = [f"# {title}", *([empty] if empty and not made else [])]
     for view in made:
-        blocks.append(f"## {'Published numbers' if view.dataset == 'published' else _escape(view.dataset)}")
+        blocks.append(f"## {'Published numbers' if view.dataset == 'published' else escape_cell(view.dataset)}")
         if view.caption:
-            blocks.append(_escape(view.caption))
+            blocks.append(escape_cell(view.caption))
         align = ["---" if column in view.words else "---:" for column in view.columns]
         lines = [view.columns, align, *view.rows]
-        blocks.append("\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines))
+        blocks.append("\n".join("| " + " | ".join(map(escape_cell, line)) + " |" for line in lines))
         if view.notes:
-            blocks.append("\n".join(f"- {_escape(note)}" for note in view.notes))
+            blocks.append("\n".join(f"- {escape_cell(note)}" for note in view.notes))
     return "\n\n".join(blocks) + "\n"
 
 
-def _escape(text: Any) -> str:
+def escape_cell(text: Any) -> str:
     """Text that Markdown shows as it is: no cell ends early, no tag, link or emphasis begins."""
     text = " ".join(str(text).split()).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
     for character in "|*`[]":

@@ -20,12 +20,16 @@ COLOURS = {
     "diffflow": "#CC79A7",
     "ddpm": "#56B4E9",
     "ncsn": "#E69F00",
+    "sbp": "#8C6D1F",
+    "scoreflow": "#5A4FCF",
+    "sdeflow": "#000000",
 }
 OTHER = "#555555"
 DASHES = ("-", "--", ":", "-.")
 # towards black (0) or white (1), by this share
 SHADES = ((0, 0.0), (1, 0.4), (0, 0.45))
 MEMBERS = {"ddpmpp-vp": 0, "ncsnpp-ve": 0, "indm-vp-nll": 0, "indm-vp-fid": 1, "indm-ve": 2}
+AXES = {"images": "images seen", "flops": "training, FLOPs", "train_seconds": "training, seconds"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DPI = 130
 
@@ -69,7 +73,9 @@ def draw_all(tables: Mapping[str, Table], quality: Mapping[str, str], folder: Pa
     runs = {name: [row for row in table.rows if row.kind == "run"] for name, table in tables.items()}
     variants = list(dict.fromkeys(row.keys["variant"] for row in runs["costs"]))
     made = {
-        "learning_curve.png": _learning_curve(runs["learning_curve"], variants),
+        "learning_curve.png": _learning_curve(runs["learning_curve"], variants, "images"),
+        "learning_curve_flops.png": _learning_curve(runs["learning_curve"], variants, "flops"),
+        "learning_curve_seconds.png": _learning_curve(runs["learning_curve"], variants, "train_seconds"),
         "gap.png": _gap(tables["nll_nelbo_gap"].rows, variants),
     }
     for sampler in dict.fromkeys(row.keys["sampler"] for row in runs["step_robustness"] if row.keys["sampler"]):
@@ -79,12 +85,12 @@ def draw_all(tables: Mapping[str, Table], quality: Mapping[str, str], folder: Pa
     written = []
     for name, figure in made.items():
         if figure is not None:
-            _save(figure, folder / name)
+            save_figure(figure, folder / name)
             written.append(name)
     return written
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     stream = io.BytesIO()
@@ -94,7 +100,7 @@ def _save(figure: Any, path: Path) -> None:
     write_bytes_atomic(path, stream.getvalue())
 
 
-def _panels(names: Sequence[str], width: float = 5.2, height: float = 3.9, share_x: bool = True):
+def make_panels(names: Sequence[str], width: float = 5.2, height: float = 3.9, share_x: bool = True):
     from matplotlib import pyplot as plt
 
     columns = min(3, len(names))
@@ -107,7 +113,7 @@ def _panels(names: Sequence[str], width: float = 5.2, height: float = 3.9, share
     return figure, panels
 
 
-def _series(axis: Any, points: Sequence[tuple[float, Any]], style: Mapping[str, Any], name: str | None) -> None:
+def draw_series(axis: Any, points: Sequence[tuple[float, Any]], style: Mapping[str, Any], name: str | None) -> None:
     """One line with its band of 95 % t intervals; points without an interval get no band."""
     import seaborn
 
@@ -142,7 +148,7 @@ def _log_ticks(axis: Any) -> None:
 
 
 def _short(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
@@ -156,19 +162,28 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _learning_curve(rows: Sequence[Row], variants: Sequence[str]) -> Any:
-    rows = [row for row in rows if row.keys["images"] and row.cells["nelbo"].summary]
+def _learning_curve(rows: Sequence[Row], variants: Sequence[str], against: str) -> Any:
+    """NELBO against images seen, or against the mean over seeds of the arithmetic or the time that they took."""
+
+    def position(row: Row) -> float | None:
+        if against == "images":
+            return row.keys["images"]
+        summary = row.cells[against].summary
+        return summary.mean if summary and summary.mean > 0 else None
+
+    rows = [row for row in rows if row.keys["images"] and row.cells["nelbo"].summary and position(row)]
     if not rows:
         return None
     datasets = list(dict.fromkeys(row.keys["dataset"] for row in rows))
-    figure, panels = _panels(datasets)
+    figure, panels = make_panels(datasets, share_x=against == "images")
     for dataset, axis in panels.items():
         own = [row for row in rows if row.keys["dataset"] == dataset]
         for variant in variants:
-            points = [(row.keys["images"], row.cells["nelbo"].summary) for row in own if row.keys["variant"] == variant]
+            points = [(position(row), row.cells["nelbo"].summary) for row in own if row.keys["variant"] == variant]
             if points:
-                _series(axis, points, line_style(variant, variants), label(variant))
-        axis.set(xscale="log", xlabel="images seen", ylabel=f"test NELBO ({own[0].extra.get('units')})", title=dataset)
+                draw_series(axis, points, line_style(variant, variants), label(variant))
+        unit = own[0].extra.get("units")
+        axis.set(xscale="log", xlabel=AXES[against], ylabel=f"test NELBO ({unit})", title=dataset)
         _log_ticks(axis.xaxis)
         _crop(axis, own)
     _legend(figure, list(panels.values()))
@@ -177,8 +192,11 @@ def _learning_curve(rows: Sequence[Row], variants: Sequence[str]) -> Any:
 
 def _crop(axis: Any, rows: Sequence[Row]) -> None:
     """Leave out the fall from the untrained network, which would press all curves flat."""
-    last = max(row.keys["images"] for row in rows)
-    late = [row.cells["nelbo"].summary for row in rows if row.keys["images"] >= 0.08 * last]
+    last: dict[str, float] = {}
+    for row in rows:
+        last[row.keys["variant"]] = max(row.keys["images"], last.get(row.keys["variant"], 0))
+    # each variant against its own budget
+    late = [row.cells["nelbo"].summary for row in rows if row.keys["images"] >= 0.08 * last[row.keys["variant"]]]
     low, high = min(s.mean for s in late), max(s.mean for s in late)
     reach = max(high - low, 1e-3 * max(1.0, abs(high)))
     top = max(row.cells["nelbo"].summary.mean for row in rows)
@@ -197,7 +215,7 @@ def _gap(rows: Sequence[Row], variants: Sequence[str]) -> Any:
         return None
     datasets = list(dict.fromkeys(row.keys["dataset"] for row in rows))
     present = [variant for variant in variants if any(row.keys["variant"] == variant for row in rows)]
-    figure, panels = _panels(datasets, height=0.42 * len(present) + 1.6, share_x=False)
+    figure, panels = make_panels(datasets, height=0.42 * len(present) + 1.6, share_x=False)
     for place, (dataset, axis) in enumerate(panels.items()):
         own = {row.keys["variant"]: row for row in rows if row.keys["dataset"] == dataset}
         axis.axvline(0, color="0.35", linewidth=1)
@@ -245,7 +263,7 @@ def _robustness(rows: Sequence[Row], variants: Sequence[str], quality: Mapping[s
     datasets = [name for name, counts in steps.items() if len(counts) > 1]
     if not datasets:
         return None  # one point, as an adaptive sampler has: the table says it all
-    figure, panels = _panels(datasets, share_x=False)
+    figure, panels = make_panels(datasets, share_x=False)
     for dataset, axis in panels.items():
         metric = quality[dataset]
         own = [row for row in rows if row.keys["dataset"] == dataset and row.keys["steps"]]
@@ -255,7 +273,7 @@ def _robustness(rows: Sequence[Row], variants: Sequence[str], quality: Mapping[s
                 key=lambda point: point[0],
             )
             if points:
-                _series(axis, points, line_style(variant, variants), label(variant))
+                draw_series(axis, points, line_style(variant, variants), label(variant))
         positive = all(row.cells[metric].summary.mean > 0 for row in own)
         axis.set(
             xscale="log", yscale="log" if positive else "linear", xlabel="steps", ylabel=heading(metric), title=dataset
@@ -287,7 +305,7 @@ def _costs(rows: Sequence[Row], likelihood: Sequence[Row], variants: Sequence[st
     if not points:
         return None
     datasets = list(dict.fromkeys(point[0] for point in points))
-    figure, panels = _panels(datasets, share_x=False)
+    figure, panels = make_panels(datasets, share_x=False)
     for dataset, axis in panels.items():
         for _, variant, seconds, value in (point for point in points if point[0] == dataset):
             style = line_style(variant, variants) | {"linestyle": "none"}

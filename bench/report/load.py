@@ -59,6 +59,12 @@ class Run:
         status = (self.likelihood or {}).get("status", "ok")
         return None if status == "ok" else str(status)
 
+    def reason(self, quantity: str) -> str | None:
+        """Why the evaluation has no such quantity ("nelbo", "nll", "gap", "chain", "discrete"), where it says so."""
+        reasons = (self.likelihood or {}).get("reasons")
+        text = reasons.get(quantity) if isinstance(reasons, Mapping) else None
+        return None if text is None else str(text)
+
     def at(self, file: str, *path: str) -> Reading:
         """The finite number at ``path`` in likelihood.json or provenance.json, or why there is none."""
         content = self.likelihood if file == LIKELIHOOD else self.provenance
@@ -72,6 +78,8 @@ class Run:
             return number
         if file == LIKELIHOOD and self.diverged:
             return self.diverged
+        if file == LIKELIHOOD and value is None and (reason := self.reason(path[0])):
+            return reason
         return f"{'.'.join(path)} is not in {file}" if value is None else f"{'.'.join(path)} = {value} in {file}"
 
 

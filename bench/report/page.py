@@ -11,16 +11,16 @@ from typing import Any
 from bench.errors import InputError
 from bench.files import read_json, write_text_atomic
 from bench.report.beside import beside_the_paper
-from bench.report.display import SAMPLERS, TITLES, label, views
+from bench.report.display import EMPTY, SAMPLERS, TITLES, label, views
 from bench.report.estimators_page import ESTIMATORS, estimators_section
 from bench.report.findings import headline, score
 from bench.report.forest import forest
+from bench.report.forms import TABLES
 from bench.report.references import load_published
 from bench.report.study_views import study_views
-from bench.report.tables import TABLES
 
 SUMMARY = "summary.json"
-SCHEMA = 2  # of the summary
+SCHEMA = 3  # of the summary
 ORDER = ("toy2d", "digits", "cifar10-lite", "cifar10", "celeba64")
 LAST = ("smoke",)
 # bytes of the whole page, and the widths (figures, pictures) tried in turn to stay below it
@@ -33,6 +33,17 @@ VARIANTS = {
     "indm-vp-nll": "a residual flow before the variance-preserving diffusion, both trained on the bound (NLL setting)",
     "indm-vp-fid": "the same, flow trained on the bound and score on its variance-weighted loss (FID setting)",
     "indm-ve": "a residual flow before the variance-exploding diffusion",
+    "indm-vp-glow": "INDM (VP, NLL) with Glow's multi-scale coupling layers as its flow",
+    "indm-vp-pretrained": "INDM (VP, NLL) begun as a linear diffusion: score first, then the two together",
+    "indm-vp-st": "INDM (VP) with soft truncation: the smallest time of training is drawn anew at each step",
+    "diffflow": "forward drift and score both learned, along one discrete chain",
+    "sbp-fbsde": "a Schrödinger bridge whose two policies take turns in training on their likelihoods",
+    "sbp-dsb": "a Schrödinger bridge by iterative proportional fitting with mean matching",
+    "ddpm": "a discrete linear chain trained on the unweighted prediction of noise",
+    "ncsn": "score matching at discrete noise levels, sampled by annealed Langevin dynamics",
+    "scoreflow-vp": "DDPM++ (VP) with likelihood weighting and importance-sampled times",
+    "sdeflow-uniform": "the variational framework's loss of the plug-in reverse SDE, times drawn uniformly",
+    "sdeflow-debiased": "the same with the debiased law of times",
 }
 
 
@@ -104,7 +115,7 @@ def _suite(folder: Path, root: Path, widths: tuple[int, int]) -> dict[str, Any]:
         table = make()
         table.rows = rows[name]
         made = views(table, summary["captions"].get(name, {}))
-        shown.append({"name": name, "title": TITLES[name], "views": made})
+        shown.append({"name": name, "title": TITLES[name], "views": made, "empty": EMPTY.get(name, "")})
     return summary | {
         "anchor": f"suite-{folder.name}",
         "claims": _claims(summary),
@@ -265,7 +276,15 @@ CAPTIONS = {
     "learning_curve": (
         "Learning curve",
         "Test NELBO against images seen, measured with the averaged weights. Lines are means over seeds, bands 95 % "
-        "intervals.",
+        "intervals. A model that has no NELBO has no line.",
+    ),
+    "learning_curve_flops": (
+        "Learning curve against compute",
+        "The same against the arithmetic that training took: its steps times the FLOPs of one.",
+    ),
+    "learning_curve_seconds": (
+        "Learning curve against time",
+        "The same against seconds of training, mean over seeds, on the hardware named above.",
     ),
     "gap": (
         "The gap",

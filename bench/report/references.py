@@ -25,6 +25,9 @@ FAMILIES = {
     "diffflow": ("DiffFlow",),
     "ddpm": ("DDPM", "DDPM cont."),
     "ncsn": ("NCSN", "NCSNv2"),
+    "sbp": ("SB-FBSDE",),
+    "scoreflow": ("ScoreFlow",),
+    "sdeflow": (),
 }
 CORE = ("indm", "ddpmpp", "ncsnpp")
 PUBLISHED_DATA = "CIFAR-10"

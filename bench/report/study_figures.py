@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.report.cells import Row, Table
 from bench.report.display import SAMPLERS, label
-from bench.report.figures import _panels, _save, _series, colour, line_style
+from bench.report.figures import make_panels, save_figure, draw_series, colour, line_style
 from bench.statistics import Summary
 
 SOFT = "0.45"
@@ -40,7 +40,7 @@ def draw_studies(tables: Mapping[str, Table], folder: Path, variants: Sequence[s
     written = []
     for name, figure in made.items():
         if figure is not None:
-            _save(figure, folder / name)
+            save_figure(figure, folder / name)
             written.append(name)
     return written
 
@@ -64,7 +64,7 @@ def _split(rows: Sequence[Row], variants: Sequence[str]) -> Any:
         return None
     datasets = list(dict.fromkeys(row.keys["dataset"] for row in rows))
     present = [variant for variant in variants if any(row.keys["variant"] == variant for row in rows)]
-    figure, panels = _panels(datasets, height=0.55 * len(present) + 1.5, share_x=False)
+    figure, panels = make_panels(datasets, height=0.55 * len(present) + 1.5, share_x=False)
     for place, (dataset, axis) in enumerate(panels.items()):
         own = {row.keys["variant"]: row for row in rows if row.keys["dataset"] == dataset}
         axis.axvline(0, color="0.35", linewidth=1)
@@ -113,7 +113,7 @@ def _terms(rows: Sequence[Row], variants: Sequence[str], sampler: str) -> Any:
                     points = [(int(row.keys["steps"]), found) for row in mine if (found := _summary(row, name))]
                     if points:
                         style = {"color": colour(variant, variants), "linestyle": dash, "marker": marker}
-                        _series(axis, points, style, None)
+                        draw_series(axis, points, style, None)
         floors: dict[int, list[float]] = {}
         for row in own:
             if found := _summary(row, "floor"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.cells import Cell, Row, Table
-from bench.report.display import BLANK, View, _escape, interval, label, markdown, number, views
+from bench.report.display import BLANK, View, escape_cell, interval, label, markdown, number, views
 from bench.report.load import finite
 from bench.report.study_files import FORMS
 from bench.report.study_text import CLOSE, FIGURES, HEADINGS, INTROS, TITLES
@@ -99,7 +99,7 @@ def document(table: Table, captions: Mapping[str, str], conventions: Mapping[str
     meaning.rows = [[name, term["title"], term["meaning"] or BLANK, term["source"] or BLANK] for name, term in terms]
     tail = "\n" + markdown("", [meaning]).partition("\n\n")[2] if meaning.rows else ""
     return (
-        "\n\n".join(text for text in (title, INTROS[table.name], _escape(headline(table, conventions)), rest) if text)
+        "\n\n".join(text for text in (title, INTROS[table.name], escape_cell(headline(table, conventions)), rest) if text)
         + tail
     )
 

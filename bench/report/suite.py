@@ -13,17 +13,20 @@ from bench.files import write_bytes_atomic, write_json, write_text_atomic
 from bench.report import references
 from bench.report.captions import captions
 from bench.report.cells import OK, Row, Table
-from bench.report.display import TITLES, markdown, views
+from bench.report.display import EMPTY, TITLES, markdown, views
 from bench.report.figures import draw_all
+from bench.report.grid import Grid, without_unrun
 from bench.report.load import Run, finite, load_runs
 from bench.report.studies import report_studies
-from bench.report.tables import Grid, build
+from bench.report.tables import build
 
 SUMMARY = "summary.json"
-SCHEMA = 2  # of the summary
+SCHEMA = 3  # of the summary
 PICTURES = ("samples", "trajectory")
 # what stands for sample quality on a data set, first choice first
 QUALITY = ("fd", "sliced_wasserstein", "energy")
+# what a point of the learning curve cost, beside the images it saw
+COMPUTE = ("flops", "train_seconds")
 
 
 def report_suite(
@@ -37,9 +40,10 @@ def report_suite(
     """Write ``reports_root``/``suite_name`` from the result files under ``runs_root``; no model and no GPU is needed.
 
     ``expected`` is the grid that the suite asks for, mappings with suite, dataset, variant and seed: what of it has no
-    result is marked in every table. Runs found on disk beside it are reported too. Left out, the roots, the grid and
-    the words are those of :mod:`bench.config` and the suite's file. Raises InputError where there is neither a run nor
-    an expectation, or a reference file cannot be read.
+    result is marked in every table. A variant whose entries have a true "more", which only the longer reproduction
+    runs, is named once instead while nothing of it was run. Runs found on disk beside it are reported too. Left out,
+    the roots, the grid and the words are those of :mod:`bench.config` and the suite's file. Raises InputError where
+    there is neither a run nor an expectation, or a reference file cannot be read.
     """
     if runs_root is None or reports_root is None:
         from bench import config
@@ -52,14 +56,15 @@ def report_suite(
     runs = load_runs(suite_name, Path(runs_root), expected)
     if not runs:
         raise InputError(f"suite {suite_name!r}: no runs under {Path(runs_root) / suite_name} and none expected")
-    grid = Grid(tuple(runs))
+    grid = without_unrun(runs, {str(entry["variant"]) for entry in expected if entry.get("more")})
+    runs = list(grid.runs)
     tables = build(grid)
     units = {row.keys["dataset"]: row.extra.get("units") for row in tables["nll_nelbo_gap"].rows}
     _add_references(tables, grid, units, folder / "references.json", Path(reports_root) / "reference.csv")
     said = captions(suite_name, grid)
     for name, table in tables.items():
         table.write_csv(folder / f"{name}.csv")
-        write_text_atomic(folder / f"{name}.md", markdown(TITLES[name], views(table, said[name])))
+        write_text_atomic(folder / f"{name}.md", markdown(TITLES[name], views(table, said[name]), EMPTY.get(name, "")))
     quality = {name: metric for name in grid.datasets if (metric := _quality(tables["step_robustness"], name))}
     _write_plots(tables, quality, folder / "plots")
     write_json(folder / "metrics.json", metrics(tables, quality))
@@ -84,6 +89,7 @@ def report_suite(
             "pictures": pictures,
             "runs": {"wanted": len(runs), "complete": sum(run.status == OK for run in runs)},
             "missing": missing(runs),
+            "not_run": list(grid.not_run),
             "refused": refused(tables) + studied["refused"],
             "studies": studied,
             "provenance": provenance(runs),
@@ -120,10 +126,8 @@ def _suite_file(name: str, title: str | None, description: str | None) -> tuple[
         return [], title, description
     suite = load_suite(name)
     grid = [
-        {"suite": name, "dataset": dataset, "variant": variant, "seed": seed}
-        for variant in suite.variants
-        for dataset in suite.datasets
-        for seed in suite.seeds
+        {"suite": name, "dataset": dataset, "variant": variant, "seed": seed, "more": variant in suite.more}
+        for variant, seed, dataset in suite.cells()
     ]
     return grid, title or suite.title, description or suite.description
 
@@ -166,7 +170,7 @@ def metrics(tables: Mapping[str, Table], quality: Mapping[str, str]) -> dict[str
             place = nested[row.keys["dataset"]][row.keys["variant"]]
             place[f"{metric}_{row.keys['sampler']}_{steps}"] = cell.summary.mean if cell.summary else None
     for row in tables["costs"].rows:
-        for name in ("parameters_total", "ms_per_step", "train_seconds"):
+        for name in ("parameters_total", "flops_total", "ms_per_step", "train_seconds"):
             summary = row.cells[name].summary
             nested[row.keys["dataset"]][row.keys["variant"]][name] = summary.mean if summary else None
     return nested
@@ -184,7 +188,8 @@ def _write_plots(tables: Mapping[str, Table], quality: Mapping[str, str], folder
         if (summary := row.cells["nelbo"].summary) and row.keys["images"]:
             nll = row.cells["nll"].summary
             keys = [row.keys["dataset"], row.keys["variant"], series(row), row.keys["images"], row.extra.get("units")]
-            curve.append([*keys, summary.mean, summary.low, summary.high, nll.mean if nll else None])
+            spent = [found.summary.mean if (found := row.cells[name]).summary else None for name in COMPUTE]
+            curve.append([*keys, *spent, summary.mean, summary.low, summary.high, nll.mean if nll else None])
     for row in tables["nll_nelbo_gap"].rows:
         if row.kind == "run" and (summary := row.cells["gap_corrected"].summary):
             keys = [row.keys["dataset"], row.keys["variant"], series(row), row.extra.get("units")]
@@ -195,9 +200,8 @@ def _write_plots(tables: Mapping[str, Table], quality: Mapping[str, str], folder
             keys = [row.keys["dataset"], row.keys["variant"], series(row), row.keys["sampler"], row.keys["steps"]]
             steps.append([*keys, metric, summary.mean, summary.low, summary.high])
     head = ["dataset", "variant", "series"]
-    _write_lines(
-        folder / "learning_curve.csv", [*head, "images", "units", "nelbo", "nelbo_low", "nelbo_high", "nll"], curve
-    )
+    curve_head = [*head, "images", "units", *COMPUTE, "nelbo", "nelbo_low", "nelbo_high", "nll"]
+    _write_lines(folder / "learning_curve.csv", curve_head, curve)
     _write_lines(folder / "gap.csv", [*head, "units", "gap", "gap_low", "gap_high"], gaps)
     _write_lines(
         folder / "step_robustness.csv", [*head, "sampler", "steps", "metric", "distance", "low", "high"], steps

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from bench.report.bounds import fill_bounds, fill_discrete
 from bench.report.cells import Cell, Row, Table, aggregate
+from bench.report.forms import CORRECTIONS, PARTS, TABLES
+from bench.report.grid import (
+    Grid,
+    bound_stated,
+    common,
+    curve_units,
+    likelihood_reading,
+    mean_of,
+    stated,
+    total_reading,
+)
 from bench.report.load import CURVE, LIKELIHOOD, PROVENANCE, ROBUSTNESS, Reading, Run, finite
 from bench.report.protocol import (
     curve_protocol,
@@ -18,128 +29,47 @@ from bench.report.protocol import (
     timing_protocol,
 )
 
+__all__ = [
+    "IMAGES",
+    "NOT_ASKED",
+    "PLANE",
+    "TABLES",
+    "Grid",
+    "build",
+    "cost_reading",
+    "likelihood_reading",
+    "point_protocol",
+    "quality_reading",
+    "robustness_line",
+]
+
 PLANE = "not defined for 2-D data"
 IMAGES = "not defined for images"
 NOT_ASKED = "not asked for in this suite"
-# CSV columns carry the unit of a curve in their names
-UNITS = {"bpd": "bits/dim", "nats": "nats"}
-CORRECTIONS = ("corrected", "uncorrected")
-PARTS = ("prior", "diffusion", "ode", "reconstruction", "flow", "dequantisation")
-SOURCE = ("detail", "source", "trust", "note")
-
-
-def learning_curve_table() -> Table:
-    """NELBO, NLL and sample quality against images seen in training."""
-    return Table("learning_curve", ("dataset", "variant", "images"), ("nelbo", "nll", "fd", "energy"), ("units",))
-
-
-def likelihood_table() -> Table:
-    """NELBO, NLL and their gap after and before the residual correction, with reference and published rows."""
-    metrics = tuple(f"{name}_{correction}" for correction in CORRECTIONS for name in ("nelbo", "nll", "gap"))
-    within = ("nelbo_se_images", "nelbo_se_repeats", "nll_se_images", "gap_se", "nfe", "nll_tolerance_change")
-    published = ("published_nelbo", "published_nll", "published_gap", "published_bpd")
-    return Table(
-        "nll_nelbo_gap",
-        ("dataset", "kind", "variant"),
-        metrics,
-        ("units", "images", *within, *published, *SOURCE),
-    )
-
-
-def parts_table() -> Table:
-    """The named parts that NELBO and NLL are sums of."""
-    return Table("likelihood_parts", ("dataset", "variant", "bound", "correction"), (*PARTS, "total"), ("units",))
-
-
-def robustness_table() -> Table:
-    """Sample quality against the number of steps of every sampler, with published rows."""
-    metrics = ("nfe", "fd", "kid", "precision", "recall", "sliced_wasserstein", "energy", "seconds")
-    return Table(
-        "step_robustness",
-        ("dataset", "kind", "variant", "sampler", "steps"),
-        metrics,
-        ("samples", "published_fid", *SOURCE),
-    )
-
-
-def costs_table() -> Table:
-    """Size, images seen, time, arithmetic and memory of training and evaluation."""
-    metrics = (
-        "parameters_score",
-        "parameters_flow",
-        "parameters_total",
-        "images_seen",
-        "steps",
-        "train_seconds",
-        "evaluate_seconds",
-        "ms_per_step",
-        "flops_per_step",
-        "peak_memory_mb",
-    )
-    return Table("costs", ("dataset", "variant"), metrics, ("device", "cpu", "threads"))
-
-
-TABLES: dict[str, Callable[[], Table]] = {
-    "learning_curve": learning_curve_table,
-    "nll_nelbo_gap": likelihood_table,
-    "likelihood_parts": parts_table,
-    "step_robustness": robustness_table,
-    "costs": costs_table,
+CURVE_COLUMNS = {
+    "nelbo": ("nelbo_bpd", "nelbo_nats"),
+    "nll": ("nll_bpd", "nll_nats"),
+    "fd": ("fd",),
+    "energy": ("energy",),
 }
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The runs of a suite by data set, variant and seed, each axis in the order of first appearance."""
-
-    runs: tuple[Run, ...]
-
-    @property
-    def datasets(self) -> list[str]:
-        return list(dict.fromkeys(run.dataset for run in self.runs))
-
-    @property
-    def variants(self) -> list[str]:
-        return list(dict.fromkeys(run.variant for run in self.runs))
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted({run.seed for run in self.runs})
-
-    def of(self, dataset: str, variant: str | None = None) -> list[Run]:
-        """Runs of a data set, and of one variant if named."""
-        return [run for run in self.runs if run.dataset == dataset and variant in (None, run.variant)]
-
-    def cells(self) -> list[tuple[str, str, list[Run]]]:
-        """(data set, variant, its runs over seeds) for every pair that has or should have runs."""
-        pairs = ((dataset, variant) for dataset in self.datasets for variant in self.variants)
-        return [(*pair, runs) for pair in pairs if (runs := self.of(*pair))]
 
 
 def build(grid: Grid) -> dict[str, Table]:
     """All tables of a suite with their measured rows."""
-    fillers = (_fill_curve, _fill_likelihood, _fill_parts, _fill_robustness, _fill_costs)
+    fillers = {
+        "learning_curve": _fill_curve,
+        "nll_nelbo_gap": _fill_likelihood,
+        "bounds": fill_bounds,
+        "discrete_bounds": fill_discrete,
+        "likelihood_parts": _fill_parts,
+        "step_robustness": _fill_robustness,
+        "costs": _fill_costs,
+    }
     tables = {}
-    for (name, make), fill in zip(TABLES.items(), fillers):
+    for name, make in TABLES.items():
         tables[name] = make()
-        fill(tables[name], grid)
+        fillers[name](tables[name], grid)
     return tables
-
-
-def likelihood_reading(run: Run, bound: str, correction: str) -> Reading:
-    """Total of one bound; a reason where its parts do not sum to it, because then one of them is wrong."""
-    total = run.at(LIKELIHOOD, bound, correction, "total")
-    if isinstance(total, str):
-        return total
-    record = (run.likelihood or {})[bound][correction]
-    parts = record.get("parts")
-    if isinstance(parts, Mapping) and parts:
-        values = [finite(value) for value in parts.values()]
-        if None in values:
-            return f"{bound} {correction}: a part is not a finite number"
-        if abs(sum(values) - total) > 1e-4 * max(1.0, abs(total)):
-            return f"{bound} {correction}: parts sum to {sum(values):.6g}, total is {total:.6g}"
-    return total
 
 
 def _fill_likelihood(table: Table, grid: Grid) -> None:
@@ -152,18 +82,20 @@ def _fill_likelihood(table: Table, grid: Grid) -> None:
                 readings = {run.seed: likelihood_reading(run, bound, correction) for run in runs}
                 row.cells[f"{bound}_{correction}"] = aggregate(readings, refusal)
         row.extra = {
-            "units": _common((run.likelihood or {}).get("units") for run in runs) or _curve_units(grid.of(dataset)),
-            "images": _common((run.likelihood or {}).get("n") for run in runs if not run.diverged),
+            "units": stated(runs, "units") or curve_units(grid.of(dataset)),
+            "family": stated(runs, "family"),
+            "bound": bound_stated(runs),
+            "images": common((run.likelihood or {}).get("n") for run in runs if not run.diverged),
             "detail": refusal or "",
         }
         if not refusal:
             row.extra |= {
-                "nelbo_se_images": _mean(runs, "nelbo", "corrected", "se_images"),
-                "nelbo_se_repeats": _mean(runs, "nelbo", "corrected", "se_repeats"),
-                "nll_se_images": _mean(runs, "nll", "corrected", "se_images"),
-                "gap_se": _mean(runs, "gap", "corrected", "se"),
-                "nfe": _mean(runs, "nll", "nfe_mean"),
-                "nll_tolerance_change": _mean(runs, "nll", "tolerance_check", "change"),
+                "nelbo_se_images": mean_of(runs, "nelbo", "corrected", "se_images"),
+                "nelbo_se_repeats": mean_of(runs, "nelbo", "corrected", "se_repeats"),
+                "nll_se_images": mean_of(runs, "nll", "corrected", "se_images"),
+                "gap_se": mean_of(runs, "gap", "corrected", "se"),
+                "nfe": mean_of(runs, "nll", "nfe_mean"),
+                "nll_tolerance_change": mean_of(runs, "nll", "tolerance_check", "change"),
             }
         table.rows.append(row)
 
@@ -171,36 +103,43 @@ def _fill_likelihood(table: Table, grid: Grid) -> None:
 def _fill_parts(table: Table, grid: Grid) -> None:
     refused = {name: refusals(grid.of(name), likelihood_protocol) for name in grid.datasets}
     for dataset, variant, runs in grid.cells():
-        for bound in ("nelbo", "nll"):
-            for correction in CORRECTIONS:
-                row = Row({"dataset": dataset, "variant": variant, "bound": bound, "correction": correction})
-                row.extra["units"] = _common((run.likelihood or {}).get("units") for run in runs)
-                for part in PARTS:
-                    # a part that no run of this row names does not belong to its bound
-                    path = (bound, correction, "parts", part)
-                    if any(not isinstance(run.at(LIKELIHOOD, *path), str) for run in runs):
-                        readings = {run.seed: run.at(LIKELIHOOD, *path) for run in runs}
-                        row.cells[part] = aggregate(readings, refused[dataset].get(variant))
-                totals = {run.seed: likelihood_reading(run, bound, correction) for run in runs}
-                row.cells["total"] = aggregate(totals, refused[dataset].get(variant))
-                table.rows.append(row)
+        refusal = refused[dataset].get(variant)
+        places = [(bound, correction, (bound, correction)) for bound in ("nelbo", "nll") for correction in CORRECTIONS]
+        if any(not isinstance(run.at(LIKELIHOOD, "chain", "total"), str) for run in runs):
+            places.append(("chain", "corrected", ("chain",)))  # a chain has no truncation to leave out
+        for bound, correction, path in places:
+            row = Row({"dataset": dataset, "variant": variant, "bound": bound, "correction": correction})
+            row.extra["units"] = stated(runs, "units")
+            for part in PARTS:
+                readings = {run.seed: _part_reading(run, path, part) for run in runs}
+                # a part that no run of this row names does not belong to its bound
+                if any(not isinstance(reading, str) for reading in readings.values()):
+                    row.cells[part] = aggregate(readings, refusal)
+            row.cells["total"] = aggregate({run.seed: total_reading(run, *path) for run in runs}, refusal)
+            table.rows.append(row)
+
+
+def _part_reading(run: Run, path: tuple[str, ...], part: str) -> Reading:
+    """One named part; "other" is the sum of those that only this model names."""
+    if part != "other":
+        return run.at(LIKELIHOOD, *path, "parts", part)
+    record: Any = run.likelihood
+    for key in (*path, "parts"):
+        record = record.get(key) if isinstance(record, Mapping) else None
+    named = [name for name in record or {} if name not in PARTS]
+    readings = [run.at(LIKELIHOOD, *path, "parts", name) for name in named] or ["no other part"]
+    return next((reading for reading in readings if isinstance(reading, str)), None) or sum(readings)
 
 
 def _fill_curve(table: Table, grid: Grid) -> None:
     refused = {name: refusals(grid.of(name), curve_protocol) for name in grid.datasets}
     for dataset, variant, runs in grid.cells():
-        units = _curve_units(runs) or _curve_units(grid.of(dataset))
-        columns = {
-            "nelbo": ("nelbo_bpd", "nelbo_nats"),
-            "nll": ("nll_bpd", "nll_nats"),
-            "fd": ("fd",),
-            "energy": ("energy",),
-        }
+        units = curve_units(runs) or curve_units(grid.of(dataset))
         asked = {column for run in grid.of(dataset) for line in run.curve for column in line if line[column] != ""}
         points = sorted({int(images) for run in runs for line in run.curve if (images := finite(line.get("images")))})
         for images in points or [None]:
             row = Row({"dataset": dataset, "variant": variant, "images": images}, extra={"units": units})
-            for metric, names in columns.items():
+            for metric, names in CURVE_COLUMNS.items():
                 name = next((name for name in names if name in asked), None)
                 if name is None and any(run.curve for run in grid.of(dataset)):
                     absent = {"fd": PLANE, "energy": IMAGES} if (units == "nats") == (metric == "fd") else {}
@@ -208,7 +147,16 @@ def _fill_curve(table: Table, grid: Grid) -> None:
                     continue
                 readings = {run.seed: _curve_reading(run, name, images) for run in runs}
                 row.cells[metric] = aggregate(readings, refused[dataset].get(variant))
+            row.cells["flops"] = aggregate({run.seed: _curve_flops(run, images) for run in runs})
+            seconds = {run.seed: _curve_reading(run, "seconds", images) for run in runs}
+            row.cells["train_seconds"] = aggregate(seconds, refusals(runs, timing_protocol, across=False).get(variant))
             table.rows.append(row)
+
+
+def _curve_flops(run: Run, images: int | None) -> Reading:
+    """Arithmetic of training up to a row of the curve: its steps times what one step takes."""
+    step, flops = _curve_reading(run, "step", images), run.at(PROVENANCE, "flops_per_step")
+    return next((reading for reading in (step, flops) if isinstance(reading, str)), None) or step * flops
 
 
 def _curve_reading(run: Run, column: str | None, images: int | None) -> Reading:
@@ -219,17 +167,12 @@ def _curve_reading(run: Run, column: str | None, images: int | None) -> Reading:
         last = max((finite(line.get("images")) or 0 for line in run.curve), default=0)
         return f"no row at {images} images, the curve ends at {int(last)}"
     number = finite(line.get(column or ""))
-    return number if number is not None else f"{column} = {line.get(column or '') or 'blank'} in {CURVE}"
-
-
-def _curve_units(runs: list[Run]) -> str | None:
-    for run in runs:
-        if run.likelihood and run.likelihood.get("units"):
-            return str(run.likelihood["units"])
-        for column in run.curve[0] if run.curve else ():
-            if column.startswith("nelbo_"):
-                return UNITS.get(column.removeprefix("nelbo_"))
-    return None
+    if number is not None:
+        return number
+    # the evaluation says why a model has no such likelihood at all
+    reason = run.reason((column or "").rpartition("_")[0]) or ""
+    blank = f"{column} = {line.get(column or '') or 'blank'} in {CURVE}"
+    return reason if reason.startswith("not defined") else blank
 
 
 def _fill_robustness(table: Table, grid: Grid) -> None:
@@ -238,7 +181,7 @@ def _fill_robustness(table: Table, grid: Grid) -> None:
         for name in grid.datasets
     }
     for dataset, variant, runs in grid.cells():
-        flat = _curve_units(grid.of(dataset)) == "nats"
+        flat = curve_units(grid.of(dataset)) == "nats"
         points = {_point(line): None for run in runs for line in run.robustness} or {("", None): None}
         for sampler, steps in points:
             refused = refusals(grid.of(dataset), partial(point_protocol, sampler=sampler, steps=steps)).get(variant)
@@ -251,7 +194,7 @@ def _fill_robustness(table: Table, grid: Grid) -> None:
                     continue
                 readings = {run.seed: quality_reading(run, lines[run.seed], metric) for run in runs}
                 row.cells[metric] = aggregate(readings, refused if metric != "seconds" else None)
-            row.extra["samples"] = _common(line.get("n") for line in lines.values() if line)
+            row.extra["samples"] = common(line.get("n") for line in lines.values() if line)
             row.extra["detail"] = refused or ""
             table.rows.append(row)
 
@@ -299,11 +242,12 @@ def _fill_costs(table: Table, grid: Grid) -> None:
     for dataset, variant, runs in grid.cells():
         refused = refusals(runs, timing_protocol, across=False).get(variant)
         row = Row({"dataset": dataset, "variant": variant})
-        timings = {"train_seconds", "evaluate_seconds", "ms_per_step", "peak_memory_mb"}
+        timings = {"train_seconds", "evaluate_seconds", "ms_per_step", "peak_memory_mb"}  # of the machine
         for metric in table.metrics:
             readings = {run.seed: cost_reading(run, metric) for run in runs}
             row.cells[metric] = aggregate(readings, refused if metric in timings else None)
-        for name in table.extra:
+        row.extra["family"] = stated(runs, "family")
+        for name in ("device", "cpu", "threads"):
             values = {str(run.provenance[name]) for run in runs if run.provenance and run.provenance.get(name)}
             row.extra[name] = "; ".join(sorted(values))
         table.rows.append(row)
@@ -321,14 +265,13 @@ def cost_reading(run: Run, metric: str) -> Reading:
         found = [finite((record or {}).get(metric)) for record in (run.likelihood, run.provenance)]
         absent = run.problems.get(LIKELIHOOD) or f"{metric} is not in {LIKELIHOOD}"
         return next((seconds for seconds in found if seconds is not None), absent)
-    return run.at(PROVENANCE, *metric.split("_", 1)) if metric.startswith("parameters_") else run.at(PROVENANCE, metric)
-
-
-def _mean(runs: list[Run], *path: str) -> float | None:
-    values = [value for run in runs if not isinstance(value := run.at(LIKELIHOOD, *path), str)]
-    return sum(values) / len(values) if values else None
-
-
-def _common(values: Any) -> Any:
-    distinct = list(dict.fromkeys(value for value in values if value is not None))
-    return distinct[0] if len(distinct) == 1 else "; ".join(map(str, distinct)) or None
+    if metric == "flops_total":
+        flops, steps = run.at(PROVENANCE, "flops_per_step"), run.at(PROVENANCE, "steps")
+        return next((reading for reading in (flops, steps) if isinstance(reading, str)), None) or flops * steps
+    if metric.startswith("parameters_"):
+        groups = (run.provenance or {}).get("parameters")
+        group = metric.removeprefix("parameters_")
+        if isinstance(groups, Mapping) and group != "total" and group not in groups:
+            return 0.0  # a model without such a network
+        return run.at(PROVENANCE, "parameters", group)
+    return run.at(PROVENANCE, metric)
