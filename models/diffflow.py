@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from models.base import Loss, Phase
@@ -18,6 +19,7 @@ from models.noise import StepRandom
 from models.nonlinear import NonlinearDiffusion, TimedNetwork
 from models.options import Count, Positive
 from models.replay import Path, replayed_energy
+from models.score.layers import Dropout
 
 
 def warped_times(start: float, end: float, steps: int, power: float) -> Tensor:
@@ -26,14 +28,23 @@ def warped_times(start: float, end: float, steps: int, power: float) -> Tensor:
     return (start**power + (end**power - start**power) * share) ** (1 / power)
 
 
+def _check_order(start: float, end: float) -> None:
+    if not 0 < start < end:
+        raise ValueError(f"start = {start}: must be greater than 0 and less than end = {end}")
+
+
 class DiffFlow(NonlinearDiffusion):
     """Drift f(x, t) and score s(x, t) over ``steps`` steps on [start, end] with constant g.
 
     ``drift`` and ``score`` are callables (x, t (B,)) -> field; training refines the grid: from ``first_steps`` it
     doubles at equal parts of ``refined`` training steps until it has ``steps``.
+
+    Raises ValueError for times out of order, and for networks with dropout: the path is drawn once and replayed once,
+    and the two must see the same functions.
     """
 
     name = "diffflow"
+    family = "fully nonlinear, discrete"
 
     def __init__(
         self,
@@ -49,8 +60,13 @@ class DiffFlow(NonlinearDiffusion):
         g: float = 0.2,
         scale: float = 1.0,
     ):
-        if not 0 < start < end:
-            raise ValueError(f"start = {start}: must be greater than 0 and less than end = {end}")
+        _check_order(start, end)
+        for kind, network in (("drift", drift), ("score", score)):
+            rates = [part.p for part in network.modules() if isinstance(part, Dropout | nn.Dropout) and part.p]
+            if rates:
+                raise ValueError(
+                    f"{kind}.dropout = {rates[0]}: accepted is 0, as the replayed path sees the same network"
+                )
         super().__init__(shape, warped_times(start, end, steps, power), scale=scale)
         self.drift, self.score = drift, score
         self.g, self.power, self.refined = g, power, refined
@@ -64,7 +80,7 @@ class DiffFlow(NonlinearDiffusion):
         score: dict[str, Any],
         steps: Count = 30,
         first_steps: Count = 8,
-        refined: int = 0,
+        refined: Annotated[int, Field(ge=0)] = 0,
         start: Positive = 1e-3,
         end: Positive = 0.05,
         power: Positive = 0.9,
@@ -74,6 +90,7 @@ class DiffFlow(NonlinearDiffusion):
         """Build from component options; ``drift`` and ``score`` are score networks of the registry."""
         from models.registry import component
 
+        _check_order(start, end)
         span = end - start
         # a field that carries the data across in time `span` is of the order 1 / span
         networks = [

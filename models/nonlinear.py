@@ -109,16 +109,19 @@ class NonlinearDiffusion(Model):
         return torch.full((len(x),), x[0].numel() * math.log(self.scale), dtype=x.dtype, device=x.device)
 
     @torch.no_grad()
-    def nelbo_parts(self, x: Tensor, times: int = 1, generator: Generator = None, **_: Any) -> dict[str, Tensor]:
-        """The chain's own bound, nats (B,), over one path, or more if ``times`` exceeds the steps of one."""
-        steps = len(self.times) - 1
+    def chain_parts(self, x: Tensor, generator: Generator = None) -> dict[str, Tensor]:
+        """Parts of the chain's own bound (models.chain) over one path, nats (B,); they depend on the number of steps."""
         forward, backward = self.kernels(self.times.cpu())
-        paths = [
-            chain_bound(x / self.scale, steps, forward, backward, self.prior_log_prob, generator)
-            for _ in range(max(1, times // steps))
-        ]
-        parts = {name: torch.stack([path[name] for path in paths]).mean(0) for name in paths[0]}
+        parts = chain_bound(x / self.scale, len(self.times) - 1, forward, backward, self.prior_log_prob, generator)
         return parts | {"reconstruction": torch.zeros_like(parts["prior"]), "flow": self._volume(x)}
+
+    def nelbo_parts(self, x: Tensor, times: int = 1, generator: Generator = None, **_: Any) -> dict[str, Tensor]:
+        """The same bound, nats (B,), over one path, or more if ``times`` exceeds the steps of one.
+
+        A model that learns its forward process on a chain has no other: the chain starts at the data itself.
+        """
+        paths = [self.chain_parts(x, generator) for _ in range(max(1, times // (len(self.times) - 1)))]
+        return {name: torch.stack([path[name] for path in paths]).mean(0) for name in paths[0]}
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The probability-flow ODE's velocity (F - R) / 2."""

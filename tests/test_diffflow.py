@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench.step_costs import peak_bytes
 from models.chain import Kernel, chain_bound, step_term
 from models.diffflow import DiffFlow, warped_times
 from models.noise import IndexedGenerator, StepRandom
@@ -55,32 +56,25 @@ def test_replayed_gradient_is_that_of_full_back_propagation(steps):
             assert (a - b).abs().max() <= 1e-9 * b.abs().max().clamp_min(1e-9)
 
 
-def test_replay_keeps_a_graph_of_one_step_only():
-    """Bytes that autograd saves at once, ten steps against a hundred."""
-    peaks = {}
+def test_training_step_needs_no_memory_for_more_steps():
+    """The suite's network: beside the graph of one step only the states x_0..x_N are kept."""
+    net, peaks = {"name": "mlp", "width": 64, "depth": 1}, {}
+    x = torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
     for steps in (10, 100):
-        model, live, peak = small(steps), [0], [0]
+        model = DiffFlow.from_options((2,), net, net, steps=steps, first_steps=steps)
 
-        def pack(tensor, live=live, peak=peak):
-            size = tensor.numel() * tensor.element_size()
-            live[0] += size
-            peak[0] = max(peak[0], live[0])
-            return Held(tensor, size, live)
+        def step(model=model):
+            model.bound_loss(x, StepRandom(0, 0, len(x)))[0].backward()
 
-        class Held:
-            def __init__(self, tensor, size, live):
-                self.tensor, self.size, self.live = tensor, size, live
+        peaks[steps] = peak_bytes(step)
+    assert peaks[10] < peaks[100] < 1.2 * peaks[10]
 
-            def __del__(self):
-                self.live[0] -= self.size
+    def stored(steps):
+        path = Path(model.drift, model.score, model.grid(steps), model.diffusion, 1.0, torch.Generator().manual_seed(0))
+        return peak_bytes(lambda: stored_energy(path, x)[0].mean().backward())
 
-        x = torch.randn(64, 2, dtype=torch.float64)
-        parameters = [*model.drift.parameters(), *model.score.parameters()]
-        path = Path(model.drift, model.score, model.times, model.diffusion, 1.0, torch.Generator().manual_seed(3))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-            replayed_energy(path, x, parameters)[0].mean().backward()
-        peaks[steps] = peak[0]
-    assert 0 < peaks[100] < 1.2 * peaks[10]
+    # the measure can tell: back-propagation through the whole path keeps every step's graph
+    assert stored(12) > 3 * stored(3)
 
 
 def test_unequal_weights_are_refused():
@@ -142,6 +136,66 @@ def test_chain_bound_of_linear_fields_is_known():
     assert torch.allclose(sum(chain_bound(x, 12, forward, backward, prior, source).values()), values, rtol=1e-9)
 
 
+class Table(nn.Module):
+    """x -> value of the nearest tabulated time times x."""
+
+    def __init__(self, times, values):
+        super().__init__()
+        self.register_buffer("times", torch.as_tensor(times, dtype=torch.float64))
+        self.register_buffer("values", torch.as_tensor(values, dtype=torch.float64))
+
+    def forward(self, x, t):
+        return self.values[(t[:, None] - self.times).abs().argmin(1)][:, None] * x
+
+
+def ddpm_bound(betas, variance):
+    """Closed form a dimension: DDPM's bound with exact means, kernel variances beta, on N(0, variance) data.
+
+    By its own decomposition, KL(q(x_N | x_0) || pi) + sum KL(q(x_i | x_{i+1}, x_0) || p) - E log p(x_0 | x_1), in which
+    no forward density is ever evaluated along a path.
+    """
+    alphas, v = [1 - beta for beta in betas], variance
+    bars = [math.prod(alphas[:i]) for i in range(len(betas) + 1)]
+    total = 0.5 * (bars[-1] * variance + (1 - bars[-1]) - 1 - math.log(1 - bars[-1]))
+    for i, beta in enumerate(betas):
+        later = alphas[i] * v + beta
+        mean = math.sqrt(alphas[i]) * v / later  # E[x_i | x_{i+1}] / x_{i+1}
+        if i == 0:
+            total += 0.5 * (math.log(2 * math.pi * beta) + (v - mean**2 * later) / beta)
+        else:
+            spread = beta * (1 - bars[i]) / (1 - bars[i + 1])
+            of_x0 = math.sqrt(bars[i]) * beta / (1 - bars[i + 1])
+            of_x = math.sqrt(alphas[i]) * (1 - bars[i]) / (1 - bars[i + 1]) - mean
+            square = of_x0**2 * variance + of_x**2 * later + 2 * of_x0 * of_x * math.sqrt(bars[i + 1]) * variance
+            total += 0.5 * (math.log(beta / spread) + (spread + square) / beta - 1)
+        v = later
+    return total
+
+
+def test_drift_of_a_linear_diffusion_gives_the_discrete_linear_models_bound():
+    """Forward drift fixed to DDPM's kernels N(sqrt(1 - beta) x, beta), exact score: DDPM's bound in closed form."""
+    variance, n = 0.4, 20_000
+    betas = torch.linspace(0.02, 0.5, 9, dtype=torch.float64).tolist()
+    times = [0.01]  # with g = 1 a step of width beta has DDPM's noise
+    for beta in betas:
+        times.append(times[-1] + beta)
+    model = DiffFlow(Linear(0.0), Linear(0.0), (3,), steps=len(betas), start=times[0], end=times[-1], g=1.0)
+    model.times = torch.tensor(times, dtype=torch.float64)
+    drift = [(math.sqrt(1 - beta) - 1) / beta for beta in betas]
+    score, v = [0.0], variance
+    # the drift at a step's end serves the backward kernel; the score makes its mean E[x_i | x_{i+1}]
+    for beta, at_end in zip(betas, [*drift[1:], 0.0], strict=True):
+        later = (1 - beta) * v + beta
+        score.append(at_end + (math.sqrt(1 - beta) * v / later - 1) / beta)
+        v = later
+    model.drift, model.score = Table(times, [*drift, 0.0]), Table(times, score)
+    x = variance**0.5 * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = sum(model.chain_parts(x, IndexedGenerator(0, "chain", torch.arange(n))).values())
+    error = float(values.std()) / math.sqrt(n)
+    assert error < 0.02
+    assert float(values.mean()) == pytest.approx(3 * ddpm_bound(betas, variance), abs=4 * error)
+
+
 def test_step_term_is_a_difference_of_log_densities():
     a, b = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     forward, backward = Kernel(0.9 * a, torch.tensor(0.3).double()), Kernel(1.1 * b, torch.tensor(0.2).double())
@@ -170,6 +224,58 @@ def test_grid_grows_towards_the_noise_and_is_refined_while_training():
     assert [model.steps_at(step) for step in (0, 24, 25, 50, 75, 99, 100, 10**6)] == [4, 4, 8, 16, 30, 30, 30, 30]
     fine = model.grid(60)
     assert torch.allclose(fine[::2], model.times.cpu())
+
+
+def test_refined_training_minimises_the_shorter_chains_bound():
+    model = small(16, first_steps=4, refined=100, power=0.5)
+    short = DiffFlow(model.drift, model.score, (2,), steps=4, power=0.5)
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.allclose(short.times, model.grid(4))
+    for step, same in ((0, True), (99, False)):
+        loss, expected = (m.bound_loss(x, StepRandom(0, step, 16))[0] for m in (model, short))
+        assert torch.allclose(loss, expected, rtol=1e-12) is same
+
+
+def test_loss_and_gradient_depend_on_the_step_alone():
+    """Twice the same, whatever was drawn between; and two halves of a batch make the whole, as two processes do."""
+    model = small(5)
+    parameters = list(model.parameters())
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def of(first, count):
+        loss, _ = model.bound_loss(x[first : first + count], StepRandom(7, 3, 16, (first, count)))
+        return torch.autograd.grad(loss, parameters)
+
+    whole = of(0, 16)
+    torch.randn(5)
+    assert all(torch.equal(a, b) for a, b in zip(whole, of(0, 16), strict=True))
+    for a, b, c in zip(whole, of(0, 8), of(8, 8), strict=True):
+        assert torch.allclose(a, (b + c) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_is_refused():
+    net = {"name": "ncsnpp", "nf": 8, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": []}
+    with pytest.raises(ValueError, match=r"score.dropout = 0.1: accepted is 0"):
+        DiffFlow.from_options((1, 8, 8), net | {"dropout": 0.0}, net | {"dropout": 0.1})
+
+
+@pytest.mark.parametrize("end", [0.01, 0.02])
+def test_times_out_of_order_are_refused(end):
+    with pytest.raises(ValueError, match=f"start = 0.02: must be greater than 0 and less than end = {end}"):
+        DiffFlow.from_options((2,), NET, NET, start=0.02, end=end)
+
+
+def test_chain_bound_is_the_reported_bound():
+    """One path is the chain's bound; the NELBO averages as many as the times asked for allow."""
+    model, rows = small(6, scale=1.5), torch.arange(5)
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    one = model.chain_parts(x, IndexedGenerator(0, "b", rows))
+    assert {name: value.tolist() for name, value in one.items()} == {
+        name: value.tolist() for name, value in model.nelbo_parts(x, 1, IndexedGenerator(0, "b", rows)).items()
+    }
+    source = IndexedGenerator(0, "b", rows)
+    two = [sum(model.chain_parts(x, source).values()) for _ in range(2)]
+    assert torch.allclose(model.nelbo(x, 12, IndexedGenerator(0, "b", rows)), (two[0] + two[1]) / 2)
 
 
 def test_samples_depend_on_their_index_alone():
