@@ -20,7 +20,8 @@ def noise_of(sde):
 
 
 @pytest.mark.parametrize("sde", SDES)
-@pytest.mark.parametrize("name", SAMPLERS)
+# annealed Langevin dynamics mix too slowly for this: tests/test_ncsn.py has their law at any number of steps
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "annealed_langevin"])
 def test_samples_have_the_data_law(sde, name):
     model = gaussian_model(sde, dims=2)
     n = 4000
