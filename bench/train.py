@@ -265,7 +265,8 @@ class Trainer:
 
     def train(self) -> None:
         """From where the run stands to its last step."""
-        config, points = self.config, set(curve_steps(self.config))
+        config = self.config
+        points = {*curve_steps(config), *self.model.milestones(config.steps)}
         # reading the loss costs a synchronisation, which only a GPU notices
         check_every = 1 if self.device.type == "cpu" else 50
         bar = Bar(

@@ -60,6 +60,10 @@ class Model(nn.Module, ABC):
     def phases(self) -> list[Phase]:
         """The optimiser steps of one training step, in order."""
 
+    def milestones(self, steps: int) -> list[int]:
+        """Steps, of so many in all, at which the learning curve is measured besides its own points."""
+        return []
+
     @abstractmethod
     def nelbo_parts(self, x: Tensor, times: int = 1, generator: Generator = None) -> dict[str, Tensor]:
         """Named parts, nats (B,), that sum to an unbiased estimate of the negative evidence lower bound."""
