@@ -2,4 +2,4 @@
 
 
 class FlowInverseError(RuntimeError):
-    """The fixed-point iteration of an inverse did not converge."""
+    """The inverse of a flow failed: its iteration did not converge, or a value is not finite."""

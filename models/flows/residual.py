@@ -144,6 +144,11 @@ class ResidualFlow(nn.Module):
             )
 
     @property
+    def lipschitz(self) -> float:
+        """Bound of every block's branch g in the infinity norm, coefficient^3: three capped layers, sines between."""
+        return self.coefficient**3
+
+    @property
     def squeezes(self) -> int:
         """How many times the image is squeezed in all."""
         return len(self.blocks) - 1 + int(self.squeeze_first)
@@ -160,9 +165,9 @@ class ResidualFlow(nn.Module):
             self.log_det == "auto" and dims <= (EXACT_TRAIN if self.training else EXACT_EVAL)
         )
         with self._autocast(x):
-            a = self._enter(x)
+            a = self.enter(x)
             terms: list[Tensor] = []
-            for level, chains in enumerate(self._chains()):
+            for level, chains in enumerate(self.chains()):
                 if level:
                     a = F.pixel_unshuffle(a, 2)
                 for chain in chains:
@@ -188,8 +193,8 @@ class ResidualFlow(nn.Module):
     def latent(self, x: Tensor) -> Tensor:
         """z alone, for steps that need no log-determinant: a third of the work, no random numbers."""
         with self._autocast(x):
-            a = self._enter(x)
-            for level, chains in enumerate(self._chains()):
+            a = self.enter(x)
+            for level, chains in enumerate(self.chains()):
                 if level:
                     a = F.pixel_unshuffle(a, 2)
                 for chain in chains:
@@ -209,24 +214,27 @@ class ResidualFlow(nn.Module):
         Raises FlowInverseError if a block has samples left after `max_iterations`, or a sample is not finite.
         """
         with torch.autocast(z.device.type, enabled=False):
-            a = self._enter(z)
+            a = self.enter(z)
             if tolerance is None:
                 tolerance = 1e-12 if a.dtype == torch.float64 else 1e-6
             tolerance = max(tolerance, 8 * torch.finfo(a.dtype).eps)
             for _ in self.blocks[1:]:
                 a = F.pixel_unshuffle(a, 2)
             number = sum(self.blocks)
-            for level, chains in reversed(list(enumerate(self._chains()))):
+            for level, chains in reversed(list(enumerate(self.chains()))):
                 for chain in reversed(chains):
                     number -= 1
-                    a = invert(chain, a, tolerance, max_iterations, number, self.coefficient**3)
+                    a = invert(chain, a, tolerance, max_iterations, number, self.lipschitz)
                 if level:
                     a = F.pixel_shuffle(a, 2)
             a = F.pixel_shuffle(a, 2) if self.squeeze_first else a
             return a / TWO_PI
 
-    def _enter(self, x: Tensor) -> Tensor:
-        """Data or latent -> angle coordinate, squeezed if the flow begins so."""
+    def enter(self, x: Tensor) -> Tensor:
+        """Data or latent (B, *shape) -> the first block's variable a = 2 pi x, squeezed if the flow begins so.
+
+        Between two levels a is squeezed once more (``pixel_unshuffle`` by 2). Raises ValueError for another shape.
+        """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x: shape {list(x.shape)} is not (B, {', '.join(map(str, self.shape))})")
         a = x * TWO_PI
@@ -237,8 +245,11 @@ class ResidualFlow(nn.Module):
             a = F.pixel_shuffle(a, 2)
         return a / TWO_PI
 
-    def _chains(self) -> Iterator[list[Chain]]:
-        """The blocks of each level with the capped weights of this call."""
+    def chains(self) -> Iterator[list[Chain]]:
+        """The residual branches g of each level's blocks, from the data's side, with the capped weights of this call.
+
+        A block is a -> a + g(a) in the variable of :meth:`enter`; Lip(g) <= ``lipschitz`` in the largest entry.
+        """
         for level in self.levels:
             columns = [constrain([block.layers[i] for block in level], self.coefficient) for i in range(3)]
             rows = zip(*columns, strict=True)
