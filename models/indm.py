@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from models.base import Loss, Model, Phase
 from models.flows import Identity
 from models.integrators import MAX_STEP, ProbeKind, dormand_prince, flow_field, hutchinson_probes, state_scale
 from models.noise import Generator, StepRandom, normal
-from models.options import Positive
+from models.options import NonNegative, Positive
 from models.samplers import SAMPLERS
 from models.score.adapter import NetworkScore, Preconditioning, noise_function
 from models.sde import LinearSDE, expand
-from models.time_sampling import DRAWS, PROPOSALS, choose
+from models.time_sampling import DRAWS, PROPOSALS, choose, soft_truncation
+from models.variational import negative_elbo, rademacher_probes
+
+ProposalName = Literal["importance", "uniform", "debiased"]
 
 
 def _squares(values: Tensor) -> Tensor:
@@ -34,6 +40,16 @@ class INDM(Model):
     ``setting``: "nll" trains score and flow on the bound in one phase; "fid" trains the flow on the bound and then
     the score on its variance-weighted loss (spec: the paper's two settings).
     ``scale`` divides the data first, a constant linear part of the flow (its log-determinant is counted).
+
+    How the score meets its noise levels in training:
+    ``proposal``: the law of its times (models.time_sampling), by default "importance" in the NLL and "uniform" in the
+    FID setting. "nll" keeps the law's weights, so that every law has the bound's expectation; "fid" drops them. With
+    the identity flow, nll is ScoreFlow's likelihood weighting, importance-sampled (Song et al. 2021, arXiv 2101.09258);
+    fid with "uniform" or "debiased" times are the two losses of Huang, Lim and Courville 2021 (arXiv 2106.02808), the
+    latter's gradient proportional to the bound's above t = 1e-3. A flow's own step always sees the whole bound.
+    ``soft_truncation``: the exponent of models.time_sampling.soft_truncation; each batch's score loss is then that on
+    [tau, 1]. The flow trains on the whole bound, in a phase of its own: a truncated one rewards inflated latents.
+    ``pretrain``: steps in which only the score is trained, the flow bypassed: INDM started from a linear diffusion.
     """
 
     name = "indm"
@@ -47,9 +63,17 @@ class INDM(Model):
         shape: Sequence[int] | None = None,
         scale: float = 1.0,
         time_sampling: Literal["stratified", "independent"] = "stratified",
+        proposal: ProposalName | None = None,
+        soft_truncation: float | None = None,
+        pretrain: int = 0,
     ):
         super().__init__()
         self.sde, self.score, self.flow = sde, score, flow if flow is not None else Identity()
+        if soft_truncation is not None and proposal == "debiased":
+            raise ValueError("soft_truncation: not with proposal = debiased, whose law near 0 is one of its own")
+        if pretrain and not any(p.requires_grad for p in self.flow.parameters()):
+            raise ValueError(f"pretrain = {pretrain}: this flow has no weights to wait for; accepted: 0")
+        self.proposal, self.soft_truncation, self.pretrain = proposal, soft_truncation, pretrain
         self.setting, self.scale, self.time_sampling = setting, scale, time_sampling
         self.shape = tuple(shape or ())
         self.nfe: float | None = None
@@ -67,6 +91,9 @@ class INDM(Model):
         preconditioning: Preconditioning = "none",
         scale: Positive = 1.0,
         time_sampling: Literal["stratified", "independent"] = "stratified",
+        proposal: ProposalName | None = None,
+        soft_truncation: NonNegative | None = None,
+        pretrain: Annotated[int, Field(ge=0)] = 0,
     ) -> INDM:
         """Build from component options; the signature is the configuration schema."""
         from models.registry import component
@@ -75,7 +102,12 @@ class INDM(Model):
         network = NetworkScore(component("score", score, shape=list(shape)), process, preconditioning)
         flow_options = {} if flow.get("name") == "identity" else {"shape": list(shape)}
         h = component("flow", flow, **flow_options)
-        return cls(process, network, h, setting, shape, scale, time_sampling)
+        return cls(process, network, h, setting, shape, scale, time_sampling, proposal, soft_truncation, pretrain)
+
+    @property
+    def family(self) -> str:
+        """Linear with the identity flow; with another one nonlinear in data space."""
+        return "linear, continuous" if isinstance(self.flow, Identity) else "fully nonlinear, continuous"
 
     @property
     def noise(self):
@@ -84,10 +116,16 @@ class INDM(Model):
 
     # Data space <-> latent space -----------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, generator: Generator = None) -> tuple[Tensor, Tensor]:
-        """(z_0, log|det dz_0/dx| in nats (B,)); ``generator`` feeds the log-determinant's stochastic estimate."""
-        options = {"generator": generator} if self._random_flow else {}
-        z, log_det = self.flow(x / self.scale if self.scale != 1 else x, **options)
+    def encode(self, x: Tensor, generator: Generator = None, bypass: bool = False) -> tuple[Tensor, Tensor]:
+        """(z_0, log|det dz_0/dx| in nats (B,)); ``generator`` feeds the log-determinant's stochastic estimate.
+
+        ``bypass``: leave out the flow's learned part.
+        """
+        z = x / self.scale if self.scale != 1 else x
+        if bypass:
+            log_det = z.new_zeros(len(z))
+        else:
+            z, log_det = self.flow(z, **({"generator": generator} if self._random_flow else {}))
         if self.scale != 1:
             log_det = log_det - x[0].numel() * torch.tensor(self.scale, dtype=torch.float64).log().to(log_det)
         return z, log_det
@@ -109,45 +147,76 @@ class INDM(Model):
     # Training ------------------------------------------------------------------------------------------------------
 
     def phases(self) -> list[Phase]:
-        """One phase for the NLL setting; flow, then score, for the FID setting. A flow without weights has none."""
+        """One phase for the NLL setting; flow, then score, for the FID setting or with soft truncation.
+
+        A flow without weights has none. With ``pretrain``, the phase of that name comes first and alone.
+        """
         flow = [p for p in self.flow.parameters() if p.requires_grad]
         score = [p for p in self.score.parameters() if p.requires_grad]
         groups = {"score": score} | ({"flow": flow} if flow else {})
-        if self.setting == "nll":
-            return [Phase("joint", groups, self.bound_loss)]
-        phases = [Phase("score", {"score": score}, self.variance_weighted_loss)]
-        return [Phase("flow", {"flow": flow}, self.bound_loss), *phases] if flow else phases
+        weighted = self.setting == "nll"
+        joint = weighted and self.soft_truncation is None
+        score_loss = self.likelihood_weighted_loss if weighted else self.variance_weighted_loss
+        phases = [Phase("joint", groups, self.bound_loss)] if joint else [Phase("score", {"score": score}, score_loss)]
+        if flow and not joint:
+            phases.insert(0, Phase("flow", {"flow": flow}, self.bound_loss))
+        if not self.pretrain:
+            return phases
+        linear_loss = partial(self.bound_loss if joint else score_loss, bypass=True)
+        first = Phase("pretrain", {"score": score}, linear_loss, when=lambda step: step < self.pretrain)
+        return [first, *(replace(phase, when=lambda step: step >= self.pretrain) for phase in phases)]
 
     def _uniforms(self, random: StepRandom, dtype) -> Tensor:
         draw = random.stratified if self.time_sampling == "stratified" else random.uniform
         return draw("time", dtype=dtype)
 
-    def bound_loss(self, x: Tensor, random: StepRandom) -> Loss:
+    def bound_loss(self, x: Tensor, random: StepRandom, bypass: bool = False) -> Loss:
         """NELBO / D without its constants and without the residual, nats/dim: score + flow + prior (INDM eq. 11).
 
-        Time is importance-sampled, so the score term is Z/2 |noise_hat - noise|^2. The prior term is its expectation.
+        With importance-sampled time the score term is Z/2 |noise_hat - noise|^2. The prior term is its expectation.
+        ``bypass``: as the linear diffusion that the flow's absence leaves.
         """
-        z0, log_det = self.encode(x, random.generator("flow"))
-        t, normaliser = self.sde.importance_time(self._uniforms(random, x.dtype))
+        z0, log_det = self.encode(x, random.generator("flow"), bypass)
+        # the FID setting's law is its score's: the flow sees importance-sampled times
+        name = (self.proposal if self.setting == "nll" else None) or "importance"
+        t, weight = PROPOSALS[name](self.sde, self._uniforms(random, x.dtype))
         noise = random.normal("noise", x.shape[1:], dtype=x.dtype)
         dims = x[0].numel()
         error = _squares(self.noise(self.perturb(z0, t, noise), t) - noise)
         terms = {
-            "score": (0.5 * normaliser * error).mean() / dims,
+            "score": (weight * error).mean() / dims,
             "flow": -log_det.mean() / dims,
             "prior": self.sde.prior_cross_entropy(z0).mean() / dims,
         }
         return terms["score"] + terms["flow"] + terms["prior"], {k: v.detach() for k, v in terms.items()}
 
-    def variance_weighted_loss(self, x: Tensor, random: StepRandom) -> Loss:
-        """|noise_hat - noise|^2 / (2D) at uniform time in [eps, 1], latents detached (the FID setting's score step)."""
-        with torch.no_grad():
-            z0 = self.latent(x)
-        t = self.sde.eps + (1 - self.sde.eps) * self._uniforms(random, x.dtype)
-        noise = random.normal("score noise", x.shape[1:], dtype=x.dtype)
-        error = _squares(self.noise(self.perturb(z0, t, noise), t) - noise)
+    def variance_weighted_loss(self, x: Tensor, random: StepRandom, bypass: bool = False) -> Loss:
+        """|noise_hat - noise|^2 / (2D) with latents detached, the FID setting's score step: the law's weights dropped.
+
+        Time is uniform on [eps, 1], or the FID setting's ``proposal``; with soft truncation on [tau, 1].
+        """
+        name = (self.proposal if self.setting == "fid" else None) or "uniform"
+        error, _ = self._score_error(x, random, name, bypass)
         loss = 0.5 * error.mean() / x[0].numel()
         return loss, {"score": loss.detach()}
+
+    def likelihood_weighted_loss(self, x: Tensor, random: StepRandom, bypass: bool = False) -> Loss:
+        """The bound's score term, nats/dim, with latents detached; with soft truncation its integral over [tau, 1]."""
+        error, weight = self._score_error(x, random, self.proposal or "importance", bypass)
+        loss = (weight * error).mean() / x[0].numel()
+        return loss, {"score": loss.detach()}
+
+    def _score_error(self, x: Tensor, random: StepRandom, name: str, bypass: bool) -> tuple[Tensor, Tensor]:
+        """(|noise_hat - noise|^2, the times' weights), each (B,); one truncation for the whole batch, if it is soft."""
+        with torch.no_grad():
+            z0 = self.encode(x, bypass=True)[0] if bypass else self.latent(x)
+        bounds = {}
+        if self.soft_truncation is not None:
+            u = torch.rand((), generator=random.generator("truncation", "cpu"), dtype=torch.float64)
+            bounds["t_min"] = soft_truncation(float(u), self.sde.eps, self.soft_truncation)
+        t, weight = PROPOSALS[name](self.sde, self._uniforms(random, x.dtype), **bounds)
+        noise = random.normal("score noise", x.shape[1:], dtype=x.dtype)
+        return _squares(self.noise(self.perturb(z0, t, noise), t) - noise), weight
 
     # Likelihood ----------------------------------------------------------------------------------------------------
 
@@ -211,7 +280,7 @@ class INDM(Model):
         """(z_eps, residual (B,) nats): -log p(z_0) <= -log p(z_eps) + residual in expectation, one and the same draw.
 
         With the decoder N((z + sigma^2 score) / alpha, sigma^2 / alpha^2) at eps (Song et al. 2021, arXiv 2101.09258):
-        1/2 (|n - n_hat|^2 - D) - D log alpha. Here 1/2 (|n|^2 - D), whose mean is zero, is left out of it: n_hat is small
+        1/2 (|n - n_hat|^2 - D) - D log alpha. Here 1/2 (|n|^2 - D), whose mean is zero, is left out: n_hat is small
         at eps, so that this was nearly all of the residual's variance, sqrt(D / 2) nats an image.
         """
         t = torch.full((len(z0),), self.sde.eps, dtype=z0.dtype, device=z0.device)
@@ -270,6 +339,21 @@ class INDM(Model):
             "flow": -log_det,
             "nfe": nfe,
         }
+
+    @torch.no_grad()
+    def member_parts(
+        self, x: Tensor, weight: float, steps: int = 200, generator: Generator = None, probes: int | None = None
+    ) -> dict[str, Tensor]:
+        """Parts of the bound of one member of the plug-in family, nats (B,): diffusion, reconstruction, flow.
+
+        models.variational.negative_elbo, prior included, behind the flow: weight 0 is the reverse SDE, 1 the ODE, whose
+        "bound" is its likelihood, that of :meth:`nll_parts`. ``probes`` of the divergence, or None for the exact one.
+        """
+        z0, log_det = self.encode(x, generator)
+        vectors = None if probes is None else rademacher_probes(probes, z0, generator)
+        z_eps, residual = self._truncate(z0, generator)
+        bound = negative_elbo(self.noise, self.sde, z_eps, weight, steps, generator, vectors)
+        return {"diffusion": bound, "reconstruction": residual, "flow": -log_det}
 
     # Sampling ------------------------------------------------------------------------------------------------------
 

@@ -8,16 +8,20 @@ evaluations of one sample, counted by the wrapper that the sampler calls. The la
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from models.chain import backward_path
 from models.integrators import MAX_STEP, dormand_prince, flow_field, state_scale
+from models.linear_chain import LinearChain, ReverseVariance
 from models.noise import Generator, normal
-from models.options import Fraction, Positive, Probability
+from models.options import Count, Fraction, Positive, Probability
 from models.sde import LinearSDE, expand
+from models.variational import plugin_sde
 
 Noise = Callable[[Tensor, Tensor], Tensor]
 Grid = Literal["time", "log_ratio"]
@@ -197,10 +201,67 @@ def ode(
     return denoised(noise, sde, z, last), float(nfe.double().mean()) + 1
 
 
+def ancestral(
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    steps: int,
+    generator: Generator = None,
+    end: Fraction = 1e-5,
+    reverse_variance: ReverseVariance | None = None,
+) -> tuple[Tensor, int]:
+    """Ancestral sampling of the chain of ``steps`` levels, equidistant in t from 1 to ``end`` (Ho et al. 2020, alg. 2).
+
+    ``reverse_variance``: that of models.linear_chain, by default "fixed_large". A model with levels of its own (DDPM)
+    samples on those.
+    """
+    counted = Counted(noise)
+    times = time_grid(sde, max(steps - 1, 1), end, "time", z.new_zeros(1, dtype=torch.float64))[:steps].flip(0).cpu()
+    chain = LinearChain(*sde.marginal(times), times)
+    chain = chain if reverse_variance is None else chain.with_variance(reverse_variance)
+    return backward_path(z, steps, partial(chain.backward, counted), generator)[0], counted.nfe
+
+
+def annealed_langevin(
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    steps: int,
+    generator: Generator = None,
+    end: Fraction = 1e-5,
+    levels: Count | None = None,
+    snr: Positive = 0.316,
+) -> tuple[Tensor, int]:
+    """Annealed Langevin dynamics (Song and Ermon 2019, arXiv 1907.05600, algorithm 1), then one denoising evaluation.
+
+    y <- y + h score + sqrt(2 h) n with h = 2 (snr sigma)^2, which at 0.316 is the published 2e-5 sigma^2 / 0.01^2. In
+    y = z / alpha every linear SDE is variance exploding with sigma / alpha for sigma. ``steps`` counts all evaluations:
+    one denoises (Jolicoeur-Martineau et al. 2021, arXiv 2009.05475), the others are shared out evenly over ``levels``
+    noise levels (by default a fifth as many; never more than there are), geometric for VE, from t = 1 to ``end``.
+    """
+    counted = Counted(noise)
+    moves = steps - 1
+    used = max(min(levels or -(-moves // 5), moves), 1)
+    times = time_grid(sde, max(used - 1, 1), end, "log_ratio", z)
+    times = times if used > 1 else times[-1:]
+    y = z / expand(sde.marginal(_batched(torch.ones_like(times[0]), z))[0], z)
+    for i in range(moves):
+        t = _batched(times[i * used // moves], z)
+        alpha, sigma = (expand(value, z) for value in sde.marginal(t))
+        ratio = sigma / alpha
+        draw = normal(z.shape, generator, z.device, z.dtype)
+        y = y - 2 * snr**2 * ratio * counted(alpha * y, t) + 2 * snr * ratio * draw
+    t = _batched(times[-1], z)
+    return denoised(counted, sde, expand(sde.marginal(t)[0], z) * y, t), counted.nfe
+
+
 SAMPLERS: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "euler_maruyama": euler_maruyama,
     "predictor_corrector": predictor_corrector,
     "ddim": ddim,
+    "ancestral": ancestral,
+    "annealed_langevin": annealed_langevin,
     "heun": heun,
     "ode": ode,
+    "plugin_sde": plugin_sde,
 }

@@ -8,6 +8,7 @@ numbers of one image depend on each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,19 +29,41 @@ def log_ratio_rate(sde: LinearSDE, t: Tensor) -> Tensor:
     return 0.5 * (sde.diffusion(t) / sde.marginal(t)[1]).square()
 
 
-def importance(sde: LinearSDE, u: Tensor) -> tuple[Tensor, Tensor]:
+def importance(sde: LinearSDE, u: Tensor, t_min: float | None = None) -> tuple[Tensor, Tensor]:
     """Uniform in lambda: the likelihood-importance density of Song et al. 2021 (arXiv 2101.09258, section 5).
 
-    The weight is lambda(1) - lambda(eps) = Z / 2 everywhere.
+    The weight is lambda(1) - lambda(t_min) = Z / 2 everywhere; t_min defaults to eps.
     """
-    t, normaliser = sde.importance_time(u)
+    t, normaliser = sde.importance_time(u, t_min)
     return t, (0.5 * normaliser).expand(u.shape)
 
 
-def uniform_time(sde: LinearSDE, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Uniform in t on [eps, 1]; the weight (1 - eps) d lambda / dt grows like 1 / t towards eps for VP."""
-    t = sde.eps + (1 - sde.eps) * u
-    return t, (1 - sde.eps) * log_ratio_rate(sde, t)
+def uniform_time(sde: LinearSDE, u: Tensor, t_min: float | None = None) -> tuple[Tensor, Tensor]:
+    """Uniform in t on [t_min, 1]; the weight (1 - t_min) d lambda / dt grows like 1 / t towards 0 for VP."""
+    low = sde.eps if t_min is None else t_min
+    t = low + (1 - low) * u
+    return t, (1 - low) * log_ratio_rate(sde, t)
+
+
+def soft_truncation(u: float, eps: float, exponent: float) -> float:
+    """A truncation tau in [eps, 1] with density proportional to tau^-exponent, from one uniform ``u``.
+
+    Soft Truncation (Kim et al. 2022, arXiv 2106.05527, section 4): one tau a batch, and the likelihood-weighted loss
+    on [tau, 1]. Averaged over tau that is the loss whose weight at t is multiplied by P(tau <= t).
+    """
+    if exponent == 1:
+        return eps ** (1 - u)
+    power = 1 - exponent
+    # between the ends as powers: rounding could leave the interval by a unit in the last place
+    return min(max((eps**power + u * (1 - eps**power)) ** (1 / power), eps), 1.0)
+
+
+def soft_truncation_share(t: Tensor, eps: float, exponent: float) -> Tensor:
+    """P(tau <= t) of :func:`soft_truncation`, the shape of t."""
+    if exponent == 1:
+        return 1 - t.log() / math.log(eps)
+    power = 1 - exponent
+    return (t**power - eps**power) / (1 - eps**power)
 
 
 def debiased(sde: LinearSDE, u: Tensor, floor: float = DEBIASED_FLOOR) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from bench.data import make_dataset
 from bench.distances import energy_distance
 from bench.options import signature_schema
 from bench.studies import Context, equivalence, identities, matching, special_case, time_variance
-from bench.studies.plugin_reverse import negative_elbo, sample
 from models.flows import Identity
 from models.indm import INDM
 from models.noise import IndexedGenerator
@@ -20,6 +19,7 @@ from models.score.adapter import NetworkScore
 from models.score.mlp import ScoreMLP
 from models.sde import VESDE, VPSDE, SubVPSDE, expand
 from models.time_sampling import PROPOSALS
+from models.variational import negative_elbo, sample
 
 SDES = {"vp": VPSDE, "subvp": SubVPSDE, "ve": VESDE}
 MEAN, STD = 0.3, 0.5

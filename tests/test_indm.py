@@ -6,13 +6,16 @@ import pytest
 import torch
 
 import models
+from models.base import NotDefined
 from models.flows import Identity
 from models.indm import INDM
 from models.noise import IndexedGenerator, StepRandom
 from models.registry import MODELS, component
+from models.samplers import SAMPLERS
 from models.score.adapter import NetworkScore
 from models.score.mlp import ScoreMLP
-from models.sde import VESDE, VPSDE
+from models.sde import VESDE, VPSDE, SubVPSDE
+from models.time_sampling import soft_truncation, soft_truncation_share
 
 MLP = {"name": "mlp", "width": 16, "depth": 1}
 FLOW = {"name": "residual", "blocks": 2, "hidden": 8}
@@ -91,7 +94,7 @@ def test_fid_score_phase_leaves_the_flow_alone():
 
 
 def test_training_loss_is_the_bound_without_its_constants():
-    """Averaged over steps, D loss + constants equals the mean NELBO without the residual (spec: const = -Z/2 - log alpha)."""
+    """Averaged over steps, D loss + constants equals the mean NELBO without the residual (const = -Z/2 - log alpha)."""
     model = build(FLOW)
     x = torch.randn(256, 2)
     with torch.no_grad():
@@ -136,17 +139,51 @@ def test_samples_pass_through_the_inverse_flow():
     assert torch.allclose(flow(x)[0], z, atol=1e-4)
 
 
+# a tiny configuration of every model; a new one adds its line
+TINY = {
+    "indm": {"sde": {"name": "vp"}, "score": MLP, "flow": FLOW},
+    "diffflow": {"drift": MLP, "score": MLP, "steps": 4},
+    "bridge": {"drift": MLP, "score": MLP, "steps": 4, "warm_steps": 1, "stage_steps": 1},
+    "ddpm": {"score": MLP, "steps": 24},
+    "ncsn": {"score": MLP, "levels": 4},
+}
+
+
+def defined(quantity):
+    """The value of a quantity, or None where the model says, with a reason, that it has none."""
+    try:
+        return quantity()
+    except NotDefined as reason:
+        assert str(reason).startswith("not defined: ")
+        return None
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_honours_the_contract(name):
-    model = build(FLOW) if name == "indm" else None
-    assert model is not None, f"give {name} a tiny configuration here"
-    x = torch.randn(5, 2)
-    assert model.nelbo(x).shape == model.nll(x, rtol=1e-3, atol=1e-3).shape == (5,)
-    assert model.sample(3, steps=2, sampler="ddim").shape == (3, 2)
-    assert model.trajectory(x, [0.0, 1.0]).shape == (2, 5, 2)
+    assert name in TINY, f"give {name} a tiny configuration here"
+    torch.manual_seed(0)
+    model = models.build({"name": name, "shape": [2], **TINY[name]})
+    x = torch.randn(8, 2)
+    bound, chain = defined(lambda: model.nelbo(x)), defined(lambda: sum(model.chain_parts(x).values()))
+    likelihood = defined(lambda: model.nll(x, rtol=1e-3, atol=1e-3))
+    for value in (bound, chain, likelihood):
+        assert value is None or value.shape == (8,) and bool(torch.isfinite(value).all())
+    assert any(value is not None for value in (bound, chain, likelihood))
+    drawn = [defined(lambda s=s: model.sample(3, steps=0 if s == "ode" else 2, sampler=s)) for s in SAMPLERS]
+    samples = [x for x in drawn if x is not None]
+    assert samples and all(x.shape == (3, 2) and bool(torch.isfinite(x).all()) for x in samples)
+    assert defined(lambda: model.sample(3, steps=2, sampler=model.curve_sampler)) is not None and model.nfe > 0
+    path = defined(lambda: model.trajectory(x, [0.0, 1.0]))
+    assert path is None or path.shape == (2, 8, 2) and torch.allclose(path[0], x, atol=0.1)
+    steps = range(3)
+    assert all(any(phase.due(step) for phase in model.phases()) for step in steps)
     for phase in model.phases():
-        loss, terms = phase.loss_fn(x, StepRandom(0, 0, 5))
-        assert loss.ndim == 0 and all(v.ndim == 0 for v in terms.values())
+        step = next(filter(phase.due, steps))
+        loss, terms = phase.loss_fn(x, StepRandom(0, step, 8))
+        assert loss.ndim == 0 and terms and all(v.ndim == 0 for v in terms.values())
+        loss.backward()
+        weights = [p for group in phase.parameters.values() for p in group]
+        assert weights and any(p.grad is not None for p in weights)
 
 
 def test_save_and_load_give_the_same_model(tmp_path):
@@ -163,7 +200,7 @@ def test_save_and_load_give_the_same_model(tmp_path):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="sde.name = 'vpp': accepted are vp, subvp, ve"):
         component("sde", {"name": "vpp"})
-    with pytest.raises(ValueError, match="model.name = 'indn': accepted are indm"):
+    with pytest.raises(ValueError, match="model.name = 'indn': accepted are .*indm"):
         models.build({"name": "indn", "shape": [2]})
 
 
@@ -201,3 +238,160 @@ def test_a_flow_needs_no_more_than_its_contract():
     assert torch.allclose(model.nelbo(x - 1, 2, source), plain.nelbo(x, 2, other), atol=1e-4)
     with pytest.raises(ValueError, match="shape: missing"):
         INDM(plain.sde, plain.score).sample(2)
+
+
+# Options of training -------------------------------------------------------------------------------------------------
+
+
+class Known(torch.nn.Module):
+    """noise(z, t) = z: at x = 0 the error is (1 - sigma)^2 |n|^2, so that every training loss is an integral."""
+
+    def noise(self, z, t):
+        return z
+
+
+def known(sde, **options):
+    return INDM(sde, Known(), Identity(), shape=(2,), **options)
+
+
+def integral(sde, weight, points=20_001):
+    """int weight(t) (1 - sigma)^2 d lambda on [eps, 1], nats/dim: trapezoids in lambda, float64."""
+    low, high = sde.log_ratio_range(torch.zeros((), dtype=torch.float64))
+    nodes = torch.linspace(float(low), float(high), points, dtype=torch.float64)
+    t = sde.time(nodes).clamp(sde.eps, 1.0)
+    return float(torch.trapezoid(weight(t) * (1 - sde.marginal(t)[1]).square(), nodes))
+
+
+def mean_loss(loss, steps=300, batch=256):
+    x = torch.zeros(batch, 2, dtype=torch.float64)
+    values = torch.stack([loss(x, StepRandom(0, k, batch))[1]["score"] for k in range(steps)])
+    return float(values.mean()), float(values.std()) / math.sqrt(steps)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE(sigma_max=2.0)])
+@pytest.mark.parametrize("proposal", ["importance", "debiased", "uniform", None])
+def test_the_nll_setting_keeps_the_weights_of_every_law_of_time(sde, proposal):
+    model = known(sde, proposal=proposal)
+    mean, error = mean_loss(model.bound_loss)
+    assert mean == pytest.approx(integral(sde, torch.ones_like), abs=4 * error)
+    assert error < 0.1 * mean
+    if proposal is None:
+        x, random = torch.randn(16, 2), StepRandom(0, 0, 16)
+        assert torch.equal(model.bound_loss(x, random)[0], known(sde, proposal="importance").bound_loss(x, random)[0])
+
+
+def test_the_fid_setting_drops_them():
+    """Debiased times without weights: 1/2 E_q e with q proportional to g^2 / sigma^2 above 1e-3, r(1e-3) below.
+
+    Huang, Lim and Courville's constants for VP (0.1, 20) from eps = 0: r = 1090.56, Z = 20.256 (baselines.md 4.3).
+    """
+    sde = VPSDE(eps=1e-8)
+    for proposal, density in (
+        (
+            "debiased",
+            lambda t: (sde.diffusion(t.clamp_min(1e-3)) / sde.marginal(t.clamp_min(1e-3))[1]).square() / 20.256,
+        ),
+        ("uniform", torch.ones_like),
+        (None, torch.ones_like),
+    ):
+        mean, error = mean_loss(known(sde, setting="fid", proposal=proposal).variance_weighted_loss, 100)
+
+        # dt = (2 sigma^2 / g^2) d lambda
+        def weight(t, density=density):
+            return density(t) * (sde.marginal(t)[1] / sde.diffusion(t)).square()
+
+        assert mean == pytest.approx(integral(sde, weight), abs=4 * error + 1e-4)
+
+
+def test_debiased_gradient_is_the_bounds_above_the_floor():
+    """The two losses of one network differ by the factor Z where no time falls below 1e-3."""
+    sde = VPSDE(eps=1e-3)
+    bound, dropped = (build(sde={"name": "vp", "eps": 1e-3}, proposal="debiased", setting=s) for s in ("nll", "fid"))
+    torch.manual_seed(1)
+    x = torch.randn(64, 2)
+    gradients = []
+    for model, loss in ((bound, bound.bound_loss), (dropped, dropped.variance_weighted_loss)):
+        # the two settings name their noise differently; give both the same draws
+        random = StepRandom(0, 0, 64)
+        random.normal = lambda purpose, shape, dtype=None: StepRandom(0, 0, 64).normal("n", shape, dtype)
+        weights = list(model.score.parameters())
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss(x, random)[0], weights)]))
+    low, high = sde.log_ratio_range(x)
+    assert torch.allclose(gradients[0], 2 * (high - low) * gradients[1], rtol=1e-4, atol=1e-4)
+    assert gradients[0].norm() > 1
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.8, 1.0, 1.2, 2.0])
+def test_soft_truncations_follow_the_prior(exponent):
+    """Inverse and distribution function agree, and the density is proportional to tau^-k."""
+    eps = 1e-3
+    uniforms = torch.linspace(0, 1, 101, dtype=torch.float64)
+    taus = torch.tensor([soft_truncation(float(u), eps, exponent) for u in uniforms], dtype=torch.float64)
+    assert float(taus[0]) == pytest.approx(eps) and float(taus[-1]) == pytest.approx(1)
+    assert torch.allclose(soft_truncation_share(taus, eps, exponent), uniforms, atol=1e-9)
+    t = torch.tensor([0.02, 0.2], dtype=torch.float64, requires_grad=True)
+    (density,) = torch.autograd.grad(soft_truncation_share(t, eps, exponent).sum(), t)
+    assert float(density[0] / density[1]) == pytest.approx(10**exponent, rel=1e-9)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE(sigma_max=2.0)])
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_soft_truncation_weights_the_bound_by_the_share_of_truncations_below(sde, exponent):
+    """E over tau of the likelihood-weighted integral on [tau, 1] = integral of P(tau <= t) e d lambda."""
+    model = known(sde, soft_truncation=exponent)
+    mean, error = mean_loss(model.likelihood_weighted_loss)
+    expected = integral(sde, lambda t: soft_truncation_share(t, sde.eps, exponent))
+    assert mean == pytest.approx(expected, abs=4 * error)
+    assert expected < integral(sde, torch.ones_like) - 4 * error
+
+
+def test_soft_truncation_is_one_for_the_batch_and_leaves_the_flow_the_whole_bound():
+    model, plain = build(FLOW, soft_truncation=1.2, proposal="uniform"), build(FLOW, proposal="uniform")
+    assert [(p.name, sorted(p.parameters)) for p in model.phases()] == [("flow", ["flow"]), ("score", ["score"])]
+    assert [p.name for p in build(soft_truncation=1.2).phases()] == ["score"]
+    x, random = torch.randn(64, 2), StepRandom(0, 5, 64)
+    assert torch.equal(model.phases()[0].loss_fn(x, random)[0], plain.bound_loss(x, random)[0])
+    seen = []
+    model.score.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    model.score.noise = lambda z, t: seen.append(t) or z
+    model.phases()[1].loss_fn(x, random)[0]
+    u = torch.rand((), generator=StepRandom(0, 5, 64).generator("truncation", "cpu"), dtype=torch.float64)
+    tau = soft_truncation(float(u), model.sde.eps, 1.2)
+    assert torch.allclose(seen[0], tau + (1 - tau) * random.stratified("time"))
+    # another process's rows see the same truncation
+    model.phases()[1].loss_fn(x[:32], StepRandom(0, 5, 64, rows=(0, 32)))
+    assert torch.equal(seen[1], seen[0][:32])
+
+
+@pytest.mark.parametrize("options", [{}, {"setting": "fid"}, {"soft_truncation": 1.2}], ids=["nll", "fid", "st"])
+def test_pretraining_is_the_linear_diffusion_and_leaves_the_flow_alone(options):
+    model, linear = build(FLOW, pretrain=3, scale=2.0, **options), build(scale=2.0, **options)
+    linear.score.load_state_dict(model.score.state_dict())
+    groups = {name: ps for phase in model.phases() for name, ps in phase.parameters.items()}
+    optimizers = {name: torch.optim.AdamW(ps, lr=1e-2) for name, ps in groups.items()}
+    start = [p.detach().clone() for p in model.flow.parameters()]
+    x, (reference,) = torch.randn(32, 2), linear.phases()
+    for step in range(5):
+        due = [phase for phase in model.phases() if phase.due(step)]
+        assert [p.name for p in due] == (
+            ["pretrain"] if step < 3 else [p.name for p in build(FLOW, **options).phases()]
+        )
+        random = StepRandom(0, step, 32)
+        if step < 3:
+            linear.score.load_state_dict(model.score.state_dict())
+            assert torch.equal(due[0].loss_fn(x, random)[0], reference.loss_fn(x, random)[0])
+        for phase in due:
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+            phase.loss_fn(x, random)[0].backward()
+            for name in phase.parameters:
+                optimizers[name].step()
+        same = all(torch.equal(p, q) for p, q in zip(model.flow.parameters(), start, strict=True))
+        assert same is (step < 3)
+
+
+def test_options_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="pretrain = 5: this flow has no weights"):
+        build(pretrain=5)
+    with pytest.raises(ValueError, match="soft_truncation: not with proposal = debiased"):
+        build(soft_truncation=1.0, proposal="debiased")

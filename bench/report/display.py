@@ -40,6 +40,7 @@ SAMPLERS = {
     "ddim": "DDIM",
     "ancestral": "ancestral sampling",
     "annealed_langevin": "annealed Langevin dynamics",
+    "plugin_sde": "plug-in SDE",
 }
 TITLES = {
     "learning_curve": "Learning curve",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bench.studies import Context
-from bench.studies.plugin_reverse import negative_elbo, rademacher_probes, sample
 from bench.studies.resampling import combine, mean_and_error
 from models.noise import IndexedGenerator
+from models.variational import negative_elbo, rademacher_probes, sample
 
 WEIGHTS = (0.5, 1.0)
 GROUPS = 10

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.studies.plugin_reverse import Noise, divergence, rademacher_probes
 from bench.studies.resampling import combine
 from models.noise import IndexedGenerator
 from models.sde import LinearSDE, expand
+from models.variational import Noise, divergence, rademacher_probes
 
 EXACT_DIMS = 4
 COMPONENTS = 1_000_000

@@ -37,6 +37,8 @@ def compare(context: Context, count: int) -> dict[str, tuple[float, int]]:
     if not isinstance(model, INDM) or not isinstance(model.flow, Identity):
         raise ValueError("the flow is not the identity")
     whole = copy.deepcopy(model).eval().requires_grad_(True)
+    # laws of time in training are compared at their defaults
+    whole.proposal, whole.soft_truncation = None, None
     linear = LinearDiffusion(whole.sde, whole.score, whole.scale, whole.time_sampling == "stratified")
     x, seed = context.points(count), context.run.seed
     shape, index = tuple(x.shape), torch.arange(len(x), device=x.device)

@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from bench.studies.plugin_reverse import Noise
 from models.noise import IndexedGenerator
 from models.sde import LinearSDE, expand
 from models.time_sampling import DEBIASED_FLOOR, debiased_share, importance, log_ratio_rate, stratified
+from models.variational import Noise
 
 CHUNK = 512
 PROPOSALS = ("uniform", "debiased", "importance")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.sde import LinearSDE, expand
 
-Preconditioning = Literal["none", "gaussian"]
+Preconditioning = Literal["none", "gaussian", "drift"]
 
 
 class NetworkScore(nn.Module):
@@ -18,7 +18,9 @@ class NetworkScore(nn.Module):
     ``preconditioning="none"`` is the published parametrisation: the network sees z. "gaussian" feeds it z at unit
     variance and adds its output to the exact answer for N(0, I) data, noise = b u + a net(u) with u = z / s,
     s^2 = alpha^2 + sigma^2, a = alpha / s, b = sigma / s (the mixed score of Vahdat et al. 2021, arXiv 2106.05931,
-    section 3.2): at the noisy end, where likelihood is easily lost, the network has nothing to correct.
+    section 3.2): at the noisy end, where likelihood is easily lost, the network has nothing to correct. "drift" lets
+    the network put out a = g score, the free function of Huang, Lim and Courville 2021 (arXiv 2106.02808, section 4),
+    so that noise = -(sigma / g) a; for VP that is -sqrt(t) a near t = 0, where a has to grow.
     """
 
     def __init__(self, net: nn.Module, sde: LinearSDE, preconditioning: Preconditioning = "none"):
@@ -40,6 +42,8 @@ class NetworkScore(nn.Module):
         condition = self._condition(t)
         if self.preconditioning == "none":
             return self._sign * self.net(z, condition)
+        if self.preconditioning == "drift":
+            return -expand(sigma / self.sde.diffusion(t), z) * self.net(z, condition)
         scale = torch.hypot(alpha, sigma)
         a, b = expand(alpha / scale, z), expand(sigma / scale, z)
         u = z / expand(scale, z)

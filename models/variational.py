@@ -1,12 +1,14 @@
-"""The family of plug-in reverse SDEs of one score, and each member's own bound (Huang, Lim and Courville 2021,
+"""The variational framework of Huang, Lim and Courville (2021, arXiv 2106.02808) for linear diffusions.
 
-arXiv 2106.02808; their lambda is called ``weight`` here, as lambda = log(sigma / alpha) is taken). Backwards in time
+A function a(z, t) plugged into the reverse of a linear SDE, a = g score, makes a family of generative SDEs. Their
+lambda is called ``weight`` here, as lambda = log(sigma / alpha) is taken. Backwards in time
 
-    dz = [f z - (1 - weight / 2) g^2 score] dt + sqrt(1 - weight) g dw,
+    dz = [f z - (1 - weight / 2) g a] dt + sqrt(1 - weight) g dw,
 
 weight 0 the reverse SDE, 1 the probability-flow ODE, a continuous normalising flow. With an exact score all share their
-marginals; with another each is a different model. Everything below moves y = z / alpha against r = sigma / alpha, in
-which f is gone and the weight-1 member reads dy = noise(z, t) dr, noise = -sigma score.
+marginals; with another each is a different model and has a bound of its own. The functions take noise(z, t) =
+-sigma score = -sigma a / g, whatever a network is trained to put out. Most of them move y = z / alpha against
+r = sigma / alpha, in which f is gone and the weight-1 member reads dy = noise(z, t) dr.
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ from torch import Tensor
 
 from models.integrators import hutchinson_probes
 from models.noise import Generator, normal
+from models.options import Fraction, Probability
 from models.sde import LinearSDE, expand
+from models.time_sampling import PROPOSALS, choose, stratified
 
 Noise = Callable[[Tensor, Tensor], Tensor]
 
 
-def ratio_grid(sde: LinearSDE, steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(t, r) at steps + 1 nodes from eps up to 1, evenly spaced in log r, in ``like``'s type."""
-    low, high = sde.log_ratio_range(torch.zeros((), dtype=torch.float64))
+def ratio_grid(sde: LinearSDE, steps: int, like: Tensor, end: float | None = None) -> tuple[Tensor, Tensor]:
+    """(t, r) at steps + 1 nodes from ``end`` (eps by default) up to 1, evenly spaced in log r, in ``like``'s type."""
+    low, high = sde.log_ratio_range(torch.zeros((), dtype=torch.float64), end)
     nodes = torch.linspace(float(low), float(high), steps + 1, dtype=torch.float64)
-    return sde.time(nodes).clamp(sde.eps, 1.0).to(like), nodes.exp().to(like)
+    return sde.time(nodes).clamp(sde.eps if end is None else end, 1.0).to(like), nodes.exp().to(like)
 
 
 def sample(
@@ -38,8 +42,11 @@ def sample(
     steps: int,
     generator: Generator = None,
     at: Sequence[int] = (),
+    end: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Draws of the member ``weight`` at time eps from prior draws z (B, ...), and the states after ``at`` steps.
+    """Draws of the member ``weight`` at time ``end`` (eps by default) from prior draws z (B, ...), and the states after
+
+    ``at`` steps.
 
     Exponential integrator: with the predicted clean sample c held over a step from r to s, y - c contracts by
     (s / r)^(2 - weight) and gains variance s^2 (1 - (s / r)^(2 - 2 weight)), exactly; alone, weight 0 is ancestral
@@ -47,7 +54,7 @@ def sample(
     step (two-step SDE-DPM-Solver++ of Lu et al. 2022, arXiv 2211.01095), which at 32 steps leaves the standard
     deviation of Gaussian data 2 % wrong instead of 16 %.
     """
-    times, ratios = ratio_grid(sde, steps, z)
+    times, ratios = ratio_grid(sde, steps, z, end)
     states, before = [], None
     for i in range(steps, 0, -1):
         t = times[i].expand(len(z))
@@ -64,6 +71,34 @@ def sample(
         if steps - i + 1 in at:
             states.append(z)
     return z, states
+
+
+def plugin_sde(
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    steps: int,
+    generator: Generator = None,
+    end: Fraction = 1e-5,
+    weight: Probability = 0.0,
+) -> tuple[Tensor, int]:
+    """The member ``weight`` as a sampler of models.samplers: prior draws z (B, ...) -> (z_0, network evaluations).
+
+    ``steps`` - 1 steps of :func:`sample` and one evaluation more, for the mean E[z_0 | z_end].
+    """
+    calls = 0
+
+    def counted(state: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return noise(state, t)
+
+    last = end if steps > 1 else 1.0
+    if steps > 1:
+        z, _ = sample(counted, sde, z, weight, steps - 1, generator, end=end)
+    t = torch.full((len(z),), last, dtype=z.dtype, device=z.device)
+    alpha, sigma = (expand(v, z) for v in sde.marginal(t))
+    return (z - sigma * counted(z, t)) / alpha, calls
 
 
 def divergence(output: Tensor, z: Tensor, probes: Tensor | None, create_graph: bool = False) -> Tensor:
@@ -100,6 +135,46 @@ def negative_elbo(
         y, integral = _heun(noise, sde, z, weight, steps, generator, probes)
     stretch = z[0].numel() * (sde.log_alpha(1.0) - sde.log_alpha(sde.eps))
     return -sde.prior_log_prob(sde.marginal(times[-1])[0] * y) + integral - stretch
+
+
+@torch.no_grad()
+def hutchinson_elbo(
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    times: int = 1,
+    generator: Generator = None,
+    probes: int | None = 1,
+    proposal: str = "importance",
+) -> Tensor:
+    """An unbiased draw of the bound of weight 0 on -log p(z) of z at time eps, nats (B,), with nothing simulated.
+
+    The paper's estimator: -log pi(z_1) + int [1/2 |a|^2 + div(g a - f z)] dt at ``times`` noise levels an image drawn
+    from ``proposal`` (models.time_sampling; theirs is "uniform", whose variance is large: |a|^2 and the divergence
+    nearly cancel where the density of times is low). As a = -g noise / sigma, the integrand over lambda is
+    |noise|^2 - 2 sigma div noise. ``probes``: Rademacher probes of the divergence, or None for the exact one.
+    ValueError for an unknown proposal.
+    """
+    draw = choose(PROPOSALS, "proposal", proposal)
+    uniforms = stratified(len(z), times, generator, z.device, z.dtype)
+    start = torch.full((len(z),), sde.eps, dtype=z.dtype, device=z.device)
+    total = torch.zeros_like(uniforms[:, 0])
+
+    def perturbed(t: Tensor) -> Tensor:
+        mean, variance = (expand(v, z) for v in sde.transition(start, t))
+        return mean * z + variance.sqrt() * normal(z.shape, generator, z.device, z.dtype)
+
+    for k in range(times):
+        t, share = draw(sde, uniforms[:, k])
+        with torch.enable_grad():
+            state = perturbed(t).requires_grad_()
+            predicted = noise(state, t)
+            vectors = None if probes is None else rademacher_probes(probes, z, generator)
+            div = divergence(predicted, state, vectors)
+        square = predicted.detach().flatten(1).square().sum(1)
+        total = total + share * (square - 2 * sde.marginal(t)[1] * div)
+    stretch = z[0].numel() * (sde.log_alpha(1.0) - sde.log_alpha(sde.eps))
+    return total / times - sde.prior_log_prob(perturbed(torch.ones_like(start))) - stretch
 
 
 def rademacher_probes(count: int, like: Tensor, generator: Generator) -> Tensor:
