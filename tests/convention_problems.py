@@ -38,9 +38,9 @@ def rows_of(name, case):
 
 
 def assert_agrees(row, value=None, least=0.0):
-    paired = value is None and row["closed_form_se"] is not None
+    """The difference against a known value, or against the row's closed form by the paired error that it states."""
+    error = row["closed_form_se"] if value is None else row["se"]
     value = row["closed_form"] if value is None else value
-    error = row["closed_form_se" if paired else "se"] or 0.0
     assert abs(row["difference"] - value) < 4 * error + least, row
 
 

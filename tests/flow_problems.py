@@ -50,9 +50,9 @@ def strong(config: dict, share: float = 1.0, seed: int = 0, **options) -> Residu
 
 def radius(flow: ResidualFlow, x: Tensor) -> float:
     """The largest eigenvalue modulus among the Jacobians of the first block."""
-    chain = next(flow._chains())[0]
-    _, jacobian = chain.linearise(flow._enter(x))
-    return torch.linalg.eigvals(columns(jacobian, flow._enter(x))).abs().max().item()
+    chain = next(flow.chains())[0]
+    _, jacobian = chain.linearise(flow.enter(x))
+    return torch.linalg.eigvals(columns(jacobian, flow.enter(x))).abs().max().item()
 
 
 def autograd_log_det(flow: ResidualFlow, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from flow_problems import VECTOR, make, strong
 import models
 from bench.conventions import CONVENTIONS
 from bench.conventions.case import residuals, standard_error
-from bench.conventions.flow import neumann, neumann_from_columns
+from bench.conventions.flow import TRUNCATION, neumann, neumann_from_columns
 from bench.conventions.path import expected_walk, walk
 from bench.conventions.precision import Float32VP, in_float32
 from bench.data import make_dataset
@@ -80,14 +80,28 @@ def test_without_the_correction_both_likelihoods_change_as_the_gaussian_says():
 
 def test_surrogate_of_a_linear_map():
     generator = torch.Generator().manual_seed(0)
-    matrix = 0.6 * torch.eye(4, dtype=torch.float64) + 0.1 * torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    noise = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    matrix = 0.6 * torch.eye(4, dtype=torch.float64) + 0.05 * noise
     values = torch.linalg.eigvals(matrix)
     expected = float((values / (1 + values)).real.sum())
     assert float(neumann_from_columns(matrix)) == pytest.approx(expected, rel=1e-10)
-    like = torch.zeros(4000, 4, dtype=torch.float64)
-    found = neumann(Jacobian([matrix], [None]), like, IndexedGenerator(0, "test", torch.arange(4000))).numpy()
-    assert abs(found.mean() - expected) < 4 * standard_error(found)
-    assert standard_error(found) < 0.1
+    norm = float(matrix.abs().sum(1).max())
+    assert norm < 1
+    like, draws = torch.zeros(400, 4, dtype=torch.float64), IndexedGenerator(0, "test", torch.arange(400))
+    found = neumann(Jacobian([matrix], [None]), like, draws, norm, probes=4).numpy()
+    assert abs(found.mean() - expected) < 4 * standard_error(found) + TRUNCATION
+    assert 0 < standard_error(found) < 0.02
+    # signs have no variance on a diagonal matrix: what is left is the truncation
+    diagonal = torch.diag(torch.tensor([0.9, -0.9, 0.5, 0.0], dtype=torch.float64))
+    found = neumann(Jacobian([diagonal], [None]), like, draws, 0.9, probes=1)
+    expected_there = 0.9 / 1.9 - 0.9 / 0.1 + 0.5 / 1.5
+    assert 0 < float((found - expected_there).abs().max()) < TRUNCATION
+    # a sample's powers end by themselves, whatever the others need
+    slopes = torch.tensor([0.1, 1.0], dtype=torch.float64)[:, None].expand(2, 4)
+    both = neumann(Jacobian([diagonal], [slopes]), like[:2], IndexedGenerator(0, "pair", torch.arange(2)), 0.9)
+    alone = neumann(Jacobian([diagonal], [slopes[:1]]), like[:1], IndexedGenerator(0, "pair", torch.arange(1)), 0.9)
+    assert float(both[0]) == pytest.approx(float(alone), rel=1e-12)
+    assert abs(float(both[1]) - expected_there) < TRUNCATION
     assert abs(float(torch.linalg.slogdet(torch.eye(4) + matrix).logabsdet) - expected) > 0.3
 
 

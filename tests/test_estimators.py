@@ -11,7 +11,7 @@ from flow_problems import radius
 import models
 from bench.estimators import MEASURED_RUNS, measure_estimators, problems, series, time_sampling, trace
 from bench.estimators.common import Budget, Measured, source
-from bench.estimators.problems import FlowProblem, _flow, gaussian_problem, near_bound
+from bench.estimators.problems import FlowProblem, fresh_flow, gaussian_problem, near_bound
 from bench.estimators.study import SUBJECTS
 from bench.estimators.tables import choose_options, ratio_of_work, relate
 from models.flows.log_det import Roulette
@@ -195,12 +195,12 @@ def test_time_sampling_finds_the_closed_form_and_the_draws_of_nelbo_parts():
 
 def test_flow_near_its_bound_is_near_it_and_the_fresh_one_is_not():
     x = torch.zeros(2, 16)
-    assert 0.85 < radius(near_bound(_flow()), x) < 0.98**3
-    assert radius(_flow(), x) < 0.1
+    assert 0.85 < radius(near_bound(fresh_flow()), x) < 0.98**3
+    assert radius(fresh_flow(), x) < 0.1
 
 
 def test_series_finds_the_exact_value_and_its_work():
-    problem = FlowProblem("near", near_bound(_flow()), 0.05 * torch.rand(4, 16) - 0.025)
+    problem = FlowProblem("near", near_bound(fresh_flow()), 0.05 * torch.rand(4, 16) - 0.025)
     budget = Budget(depths=(0, 2), series_repeats=320)
     rows = {
         tuple(row.values.get(name) for name in ("roulette", "terms", "probes")): row
@@ -224,9 +224,9 @@ def test_series_finds_the_exact_value_and_its_work():
 
 def test_truncated_series_pairs_each_probe_with_its_own_sample():
     """Where no sample draws a random term, the estimate with one term is e' J e, in a batch of any size."""
-    flow = near_bound(_flow())
+    flow = near_bound(fresh_flow())
     x = torch.rand(64, 16, generator=torch.Generator().manual_seed(0)) - 0.5
-    chain, a = next(flow._chains())[0], flow._enter(x)
+    chain, a = next(flow.chains())[0], flow.enter(x)
     with torch.no_grad():
         _, jacobian = chain.linearise(a)
         probe = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))

@@ -101,7 +101,7 @@ def test_series_value_is_the_log_determinant_not_the_surrogate():
     """The Neumann surrogate's value is tr(J (I + J)^-1); here that is far from log det(I + J)."""
     flow = strong(SERIES | {"blocks": 1}, log_det="series", terms_train=400).train()
     x = 0.05 * points(SERIES, 1)
-    _, jacobian = next(flow._chains())[0].linearise(flow._enter(x))
+    _, jacobian = next(flow.chains())[0].linearise(flow.enter(x))
     matrix = columns(jacobian, x)[0].detach().T
     eye = torch.eye(3, dtype=DOUBLE)
     surrogate = torch.trace(matrix @ torch.linalg.inv(eye + matrix)).item()

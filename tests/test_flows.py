@@ -98,8 +98,8 @@ def test_scaling_capped_weights_changes_nothing():
 def test_blocks_respect_the_lipschitz_bound_and_can_reach_it(config):
     bound = 0.98**3
     for flow in (make(config), strong(config)):
-        x = flow._enter(points(config, 64))
-        for chain in next(flow._chains()):
+        x = flow.enter(points(config, 64))
+        for chain in next(flow.chains()):
             for scale in (1e-3, 0.1, 1.0, 5.0):
                 y = x + scale * torch.randn_like(x)
                 ratio = (chain.value(y) - chain.value(x)).abs().flatten(1).amax(1) / (y - x).abs().flatten(1).amax(1)
@@ -114,8 +114,8 @@ def test_blocks_respect_the_lipschitz_bound_and_can_reach_it(config):
             if name.endswith("bias"):
                 parameter.zero_()
     x = torch.zeros(1, *config["shape"], dtype=DOUBLE)  # all slopes are 1 here, and all signs agree
-    _, jacobian = next(flow._chains())[0].linearise(flow._enter(x))
-    assert columns(jacobian, flow._enter(x)).sum(1).max().item() == pytest.approx(bound, rel=1e-9)
+    _, jacobian = next(flow.chains())[0].linearise(flow.enter(x))
+    assert columns(jacobian, flow.enter(x)).sum(1).max().item() == pytest.approx(bound, rel=1e-9)
 
 
 def test_squeeze_has_the_stated_channel_order():
@@ -150,8 +150,8 @@ def test_only_the_very_first_block_lacks_the_leading_sine():
     x = points(IMAGE, 2)
     first, second, third = (block.preactivation for level in flow.levels for block in level)
     assert (first, second, third) == (False, True, True)
-    chains = next(flow._chains())
-    a, shifted = flow._enter(x), flow._enter(x + 1.0)  # one period of sin(2 pi x)
+    chains = next(flow.chains())
+    a, shifted = flow.enter(x), flow.enter(x + 1.0)  # one period of sin(2 pi x)
     assert torch.allclose(chains[1].value(a), chains[1].value(shifted), atol=1e-12)
     assert (chains[0].value(a) - chains[0].value(shifted)).abs().max() > 1e-3
 

@@ -60,7 +60,7 @@ _ALL = (
         "training-surrogate",
         "Training surrogate for the log-determinant",
         "The Neumann series that training differentiates, an estimate of tr J(I+J)^-1 for each block, is logged as if "
-        "it were log|det(I+J)|.",
+        "it were log|det(I+J)|. Its mean is taken, by a long series, for its own roulette has no finite variance.",
         f"{INDM}, logged loss",
         ("NELBO", "NLL"),
         "flow.training_surrogate",

@@ -49,7 +49,8 @@ class Case:
     """A trained model with what its conventions share; per-image values are float64 arrays (n,) in nats.
 
     ``images`` test images, ``times`` noise levels of a bound, ``draws`` pairs of noise draws at eps, ``samples``
-    samples by the ODE at ``tolerance``, ``steps`` of the stochastic path.
+    samples by the ODE at ``tolerance``, ``steps`` of the stochastic path, taken for the first ``path_images`` (None:
+    all images).
     """
 
     context: Context
@@ -58,7 +59,8 @@ class Case:
     draws: int = 4
     samples: int = 400
     steps: int = 100
-    tolerance: float = 1e-3
+    tolerance: float = 1e-2
+    path_images: int | None = None
 
     @property
     def model(self) -> INDM:
@@ -207,8 +209,8 @@ class Case:
     ) -> Row:
         """A row of per-image nats (n,), in the suite's unit; ``part``: without the dequantisation offset.
 
-        ``closed_form``: the difference by theory for each image, itself an estimate. It is of the same images, so that
-        ``closed_form_se`` is the paired error of difference - closed form, to which the images' spread adds nothing.
+        ``closed_form``: the difference by theory for each image, which may be an estimate itself. It is of the same
+        images, so that ``closed_form_se``, the error of difference - closed form, is without the images' spread.
         """
         scale = self.units.part if part else self.units.total
         row = row_of(quantity, self.units.name, float(scale(right.mean())), float(scale(official.mean())), len(right))

@@ -56,7 +56,8 @@ def expected_walk(case: Case, z0: Tensor, source: IndexedGenerator) -> Tensor:
         mean, variance = grow * mean, grow**2 * variance + float(model.sde.diffusion(earlier)) ** 2 * step
         t, std = later.to(z0).expand(len(z0)), math.sqrt(variance)
         noise = normal(z0.shape, source, z0.device, z0.dtype)
-        odd = 0.5 * (model.noise(mean * z0 + std * noise, t) - model.noise(mean * z0 - std * noise, t))
+        both = torch.cat([mean * z0 + std * noise, mean * z0 - std * noise])
+        odd = 0.5 * torch.sub(*model.noise(both, t.repeat(2)).chunk(2))
         total = total + step * _divergence(model, later, dot(noise, odd) / std, dims)
     square, prior = mean**2 * dot(z0, z0) + dims * variance, model.sde.prior_std**2
     return 0.5 * (square / prior + dims * math.log(2 * math.pi * prior)) - total
@@ -71,5 +72,7 @@ def stochastic_path(case: Case) -> Iterator[Row]:
         found, mean = walk(case, z0, case.source("path", rows)), expected_walk(case, z0, case.source("mean path", rows))
         return found - log_det, mean - log_det
 
-    found, mean = case.per_image(one)
-    yield case.likelihood_row("NLL", case.right_nll, found, mean - case.right_nll)
+    few = case.x[: case.path_images]
+    found, mean = case.per_image(one, few)
+    right = case.right_nll[: len(few)]
+    yield case.likelihood_row("NLL", right, found, mean - right)

@@ -54,7 +54,8 @@ def truncation(case: Case) -> Iterator[Row]:
             quantity, "grey levels", means[0].mean(), means[1].mean(), len(x), standard_error(means[1] - means[0])
         )
         if x is case.x:
-            row["closed_form"] = float(truncation_shift(right, levels).mean())
+            shift = truncation_shift(right, levels).flatten(1).mean(1).cpu().numpy()
+            row |= {"closed_form": shift.mean(), "closed_form_se": standard_error(means[1] - means[0] - shift)}
         yield row
     x = case.right_samples
     yield compare(case, quantise(x, levels), truncate(x, levels))

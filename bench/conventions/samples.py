@@ -28,10 +28,10 @@ def loose_inverse(flow: ResidualFlow, z: Tensor) -> Tensor:
 
     It stops when (x - x_before)^2 < 1e-5 + 1e-5 |y| for all elements of the batch, in data units.
     """
-    a = flow._enter(z)
+    a = flow.enter(z)
     for _ in flow.blocks[1:]:
         a = F.pixel_unshuffle(a, 2)
-    for level, chains in reversed(list(enumerate(flow._chains()))):
+    for level, chains in reversed(list(enumerate(flow.chains()))):
         for chain in reversed(chains):
             goal = a
             limit = TWO_PI**2 * TOLERANCE * (1 + goal.abs() / TWO_PI)  # a = 2 pi x
@@ -73,9 +73,10 @@ def ve_denoising(case: Case) -> Iterator[Row]:
     steps = [(z - latents.noisy).double().flatten(1) for z in (latents.clean, official)]
     squares = [step.square().mean(1).cpu().numpy() for step in steps]
     rms = [math.sqrt(square.mean()) for square in squares]
-    # of the difference of two roots of means, to first order
-    se = standard_error(squares[1] / (2 * max(rms[1], 1e-30)) - squares[0] / (2 * max(rms[0], 1e-30)))
-    row = row_of("denoising step, rms", "latent units", *rms, len(latents.noisy), se)
-    row["closed_form"] = rms[0] * (2 * math.log(sde.sigma_max / sde.sigma_min) * sde.eps - 1)
+    # of a difference of roots of means, to first order
+    first, second = (square / (2 * max(root, 1e-30)) for square, root in zip(squares, rms, strict=True))
+    row = row_of("denoising step, rms", "latent units", *rms, len(latents.noisy), standard_error(second - first))
+    ratio = 2 * math.log(sde.sigma_max / sde.sigma_min) * sde.eps
+    row |= {"closed_form": rms[0] * (ratio - 1), "closed_form_se": standard_error(second - ratio * first)}
     yield row
     yield compare_samples(case, case.right_samples, case.decode(official))

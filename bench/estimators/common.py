@@ -24,15 +24,15 @@ class Budget:
     images: int = 12
     times: tuple[int, ...] = (1, 4, 16, 64)
     repeats: int = 48
-    repeats_trained: int = 8
+    repeats_trained: int = 6
     probes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    probes_trained: tuple[int, ...] = (1, 2, 4, 8)
-    probe_images_trained: int = 4
+    probes_trained: tuple[int, ...] = (1, 4)
+    probe_images_trained: int = 3
     ode_images_trained: int = 2
-    nodes: int = 12
+    nodes: int = 8
     depths: tuple[int, ...] = (0, 1, 2, 5, 10, 20)
     series_repeats: int = 160
-    series_repeats_trained: int = 24
+    series_repeats_trained: int = 16
 
 
 @dataclass

@@ -72,8 +72,8 @@ class CorrelatedGaussian(nn.Module):
     def error(self, x: Tensor, log_ratio: Tensor) -> Tensor:
         """E |noise_hat - noise|^2 of images x (I, D) at the noise levels lambda (K,), (I, K), nats.
 
-        In an eigenvector's direction noise_hat - noise = (sigma alpha d - alpha^2 c n) / (alpha^2 c + sigma^2) + offset,
-        with d = x - MEAN there and c the variance.
+            In an eigenvector's direction noise_hat - noise is (sigma alpha d - alpha^2 c n) / (alpha^2 c + sigma^2)
+        + offset, d = x - MEAN there and c the variance.
         """
         alpha, sigma = (v[:, None] for v in self.sde.marginal(self.sde.time(log_ratio)))
         total = alpha**2 * self.values + sigma**2
@@ -134,7 +134,8 @@ def _trained(name: str, suite: str, variant: str, images: int) -> Problem | str:
 def flow_problems(problems: list[Problem], images: int) -> list[FlowProblem]:
     """A fresh residual flow, one near its Lipschitz bound, and the flows of the trained networks."""
     x = 0.1 * torch.rand(images, *FLOW["shape"], generator=torch.Generator().manual_seed(SEED)) - 0.05
-    flows = [FlowProblem("fresh flow", _flow(), x), FlowProblem("flow near its bound", near_bound(_flow()), x)]
+    flows = [FlowProblem("fresh flow", fresh_flow(), x)]
+    flows.append(FlowProblem("flow near its bound", near_bound(fresh_flow()), x))
     for problem in problems:
         flow = problem.model.flow
         if isinstance(flow, ResidualFlow):
@@ -143,7 +144,8 @@ def flow_problems(problems: list[Problem], images: int) -> list[FlowProblem]:
     return flows
 
 
-def _flow() -> ResidualFlow:
+def fresh_flow() -> ResidualFlow:
+    """FLOW as it is initialised from SEED, in evaluation mode and without gradients."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return ResidualFlow(**FLOW).eval().requires_grad_(False)

@@ -109,8 +109,9 @@ def integrated_jacobian(model: INDM, z0: Tensor, nodes: int, tolerance: float) -
 SUBJECT = Subject(
     "trace",
     "Divergence of the probability-flow ODE",
-    "sd: of one image's NLL over the probes, from the Jacobian integrated along its trajectory; evaluations: forward passes and vector-Jacobian products, "
-    "nfe (1 + probes); the exact trace takes as many products as dimensions. efficiency = variance x evaluations "
+    "sd: of one image's NLL over the probes, from the Jacobian integrated along its trajectory; evaluations: forward "
+    "passes and vector-Jacobian products, nfe (1 + probes); the exact trace takes as many products as "
+    "dimensions. efficiency = variance x evaluations "
     "over that of the code's default kind at as many probes.",
     (
         "problem",

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.report.cells import Row, Table
 from bench.report.display import SAMPLERS, label
-from bench.report.figures import make_panels, save_figure, draw_series, colour, line_style
+from bench.report.figures import colour, draw_series, line_style, make_panels, save_figure
 from bench.statistics import Summary
 
 SOFT = "0.45"

@@ -99,7 +99,9 @@ def document(table: Table, captions: Mapping[str, str], conventions: Mapping[str
     meaning.rows = [[name, term["title"], term["meaning"] or BLANK, term["source"] or BLANK] for name, term in terms]
     tail = "\n" + markdown("", [meaning]).partition("\n\n")[2] if meaning.rows else ""
     return (
-        "\n\n".join(text for text in (title, INTROS[table.name], escape_cell(headline(table, conventions)), rest) if text)
+        "\n\n".join(
+            text for text in (title, INTROS[table.name], escape_cell(headline(table, conventions)), rest) if text
+        )
         + tail
     )
 

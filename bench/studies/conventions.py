@@ -42,17 +42,19 @@ def measure(
     draws: Count = 4,
     samples: Several = 400,
     steps: Several = 100,
-    tolerance: Annotated[float, Field(gt=0)] = 1e-3,
+    tolerance: Annotated[float, Field(gt=0)] = 1e-2,
+    path_images: Several | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of conventions.csv, one a convention and quantity; difference = official - right.
 
     ``images`` test images, ``times`` noise levels of a bound, ``draws`` pairs of noise draws at eps, ``samples``
-    samples by the probability-flow ODE at ``tolerance``, ``steps`` of the stochastic path. Likelihoods use the run's
-    own tolerances and probes. ``se`` is over images or samples, paired; ``closed_form`` is the same difference by
-    theory, without the convention's own arithmetic; ``closed_form_se`` is the standard error of difference - closed
-    form, paired by image. Where it is blank, the closed form is exact for these samples and that error is ``se``.
+    samples by the probability-flow ODE at ``tolerance`` (two treatments of the same samples are compared, so that it
+    matters little), ``steps`` of the stochastic path for the first ``path_images`` (null: all). Likelihoods use the
+    run's own tolerances and probes. ``se`` is over images or samples, paired; ``closed_form`` is the same difference by
+    theory, without the convention's own arithmetic; ``closed_form_se`` is always the standard error of difference -
+    closed form, paired by image or sample, and blank only where ``closed_form`` is.
     """
-    case = Case(context, images, times, draws, samples, steps, tolerance)
+    case = Case(context, images, times, draws, samples, steps, tolerance, path_images)
     return [row for convention in CONVENTIONS.values() for row in conduct(convention, case)]
 
 
@@ -81,4 +83,8 @@ def _finished(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _not_defined(name: str, quantity: str, reason: str) -> dict[str, Any]:
-    return dict.fromkeys(COLUMNS) | {"convention": name, "quantity": quantity, "status": f"not defined: {reason}"}
+    return dict.fromkeys(COLUMNS) | {
+        "convention": name,
+        "quantity": quantity,
+        "status": f"not defined: {reason.removeprefix('not defined: ')}",
+    }

@@ -122,7 +122,7 @@ def measure(
                 draws = IndexedGenerator(seed, "discretisation sampler", index)
                 points.append(model.sample(len(index), count, SAMPLER, draws))
         except FlowInverseError as error:
-            rows.append(row | {"status": f"not defined: {' '.join(str(error).split())}"})
+            rows.append(row | {"status": f"not defined: {' '.join(str(error).split()).removeprefix('not defined: ')}"})
             continue
         generated = partition.masses(torch.cat(points))
         discretisation = total_variation(reference, generated)

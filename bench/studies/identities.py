@@ -51,7 +51,7 @@ Draws = Annotated[int, Field(ge=4)]
 def measure(
     context: Context,
     *,
-    compared: Count = 16,
+    compared: Count = 8,
     gradient_images: Count | None = None,
     gradient_points: Count | None = None,
     bound_images: Count | None = None,
@@ -66,10 +66,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of identities.csv; null settings depend on the data, points before images:
 
-    ``compared``: images of special-case. dsm-is-elbo: ``draws`` repetitions, each with ``gradient_points`` (64, 16)
-    noises for each of ``gradient_images`` (8, 4), and ``bound_points`` (128, 16) for ``bound_images`` (32, 16).
-    ``samples`` (2000, 250) and ``sampler_steps`` (64, 32) of the family; ``likelihood_images``
-    (50, 8) and ``likelihood_steps`` (64, 48) of the fixed-step likelihoods. ``repeats`` (64, 32): draws for each of as
+    ``compared``: images of special-case. dsm-is-elbo: ``draws`` repetitions, each with ``gradient_points`` (64, 8)
+    noises for each of ``gradient_images`` (8, 4), and ``bound_points`` (128, 12) for ``bound_images`` (32, 16).
+    ``samples`` (1500, 150) and ``sampler_steps`` (48, 24) of the family; ``likelihood_images`` (40, 4) and
+    ``likelihood_steps`` (64, 32) of the fixed-step likelihoods. ``repeats`` (64, 32): draws for each of as
     many images for debiased-time. ``behind_flow``: measure a diffusion behind a flow too; the mathematics is that of
     its latents, so that a suite learns little from it for the time it takes.
     """
@@ -85,17 +85,17 @@ def measure(
         return value or (for_points if is_points else for_images)
 
     rows = _special_case(context, compared)
-    gradients = setting(gradient_images, 8, 4), setting(gradient_points, 64, 16)
-    bounds = setting(bound_images, 32, 16), setting(bound_points, 128, 16)
+    gradients = setting(gradient_images, 8, 4), setting(gradient_points, 64, 8)
+    bounds = setting(bound_images, 32, 16), setting(bound_points, 128, 12)
     rows += _matching(context, units, gradients, bounds, draws)
     rows += _equivalence(
         context,
         units,
         equivalence.Settings(
-            samples=setting(samples, 2000, 250),
-            steps=setting(sampler_steps, 64, 32),
-            images=setting(likelihood_images, 50, 8),
-            likelihood_steps=setting(likelihood_steps, 64, 48),
+            samples=setting(samples, 1500, 150),
+            steps=setting(sampler_steps, 48, 24),
+            images=setting(likelihood_images, 40, 4),
+            likelihood_steps=setting(likelihood_steps, 64, 32),
         ),
     )
     return rows + _debiased(context, setting(repeats, 64, 32))
@@ -185,5 +185,5 @@ def _row(
     numbers = [v for v in (value, expected, se) if v is not None]
     if reason is None and not all(math.isfinite(v) for v in numbers):
         reason, value, expected, se = f"not finite: value {value}, se {se}", None, None, None
-    status = "ok" if reason is None else f"not defined: {reason}"
+    status = "ok" if reason is None else f"not defined: {reason.removeprefix('not defined: ')}"
     return dict(zip(COLUMNS, (claim, quantity, value, expected, se, n, status), strict=True))

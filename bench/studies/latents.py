@@ -173,7 +173,7 @@ def _row(
 ) -> dict[str, Any]:
     if reason is None and not (math.isfinite(value) and math.isfinite(se)):
         reason, value, se = f"not finite: value {value}, se {se}", None, None
-    status = "ok" if reason is None else f"not defined: {reason}"
+    status = "ok" if reason is None else f"not defined: {reason.removeprefix('not defined: ')}"
     return {"time": time, "quantity": quantity, "value": value, "se": se, "n": n, "status": status}
 
 
