@@ -1,4 +1,4 @@
-"""`pytest --benchmark` runs the performance cases of tests/benchmarks and nothing else; plain `pytest` leaves them out."""
+"""`pytest --benchmark` runs the performance cases of tests/benchmarks, nothing else; plain `pytest` leaves them out."""
 
 import os
 from pathlib import Path

@@ -17,8 +17,8 @@ def gaussian_nll(data: Dataset) -> float | None:
     """Test NLL of the Gaussian with the training set's mean and full covariance: bits/dim, or nats for points.
 
     Images are dequantised uniformly; both the fit and the test's mean over the dequantisation noise are exact, so the
-    number has no randomness: u of width w = 2 / levels adds w^2 / 12 to the covariance and tr(precision) w^2 / 12 to the
-    expected square. None where the covariance is singular or has more than ``LARGEST`` dimensions.
+    number has no randomness: u of width w = 2 / levels adds w^2 / 12 to the covariance and tr(precision) w^2 / 12 to
+    the expected square. None where the covariance is singular or has more than ``LARGEST`` dimensions.
     """
     dims = math.prod(data.shape)
     if dims > LARGEST:

@@ -120,7 +120,7 @@ def run(
     workers: WorkersOption = None,
     settings: SetOption = None,
 ) -> None:
-    """The whole suite without DVC: references, features, train, evaluate, report, page. A failing run does not stop the others."""
+    """The whole suite without DVC: references, features, train, evaluate, report, page. A failed run stops no other."""
     from bench.commands import run_suite
 
     run_suite(suite, variant, seed, dataset, workers, settings)

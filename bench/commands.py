@@ -24,7 +24,7 @@ def run_stage(
     workers: int | None = None,
     settings: Sequence[str] | None = None,
 ) -> None:
-    """Train or evaluate the chosen runs. Bad input in any of them stops all before any work; typer.Exit(1) on failure."""
+    """Train or evaluate the chosen runs. Bad input in any stops all before any work; typer.Exit(1) on failure."""
     suite = load_suite(suite_name, settings or [])
     check_workers(workers)
     side_by_side = workers != 1 and usable_cores() > 1 and suite.count(variant, seed, dataset) > 1
@@ -75,7 +75,7 @@ def label(suite: Suite, run: RunConfig) -> str:
 
 
 def train_features(suite_name: str, runs: Sequence[RunConfig] | None = None) -> None:
-    """Train the classifiers that judge the samples of the runs, of all by default; one made by the same recipe is kept."""
+    """Train the classifiers that judge the samples of the runs, by default of all; one of the same recipe is kept."""
     from bench.data import load
     from bench.features import train_classifier
     from bench.settings import FEATURE_DIMS

@@ -56,7 +56,7 @@ Folder = Annotated[str, Field(pattern=r"^(folder:.+|[A-Za-z0-9][A-Za-z0-9_-]*)$"
 
 
 class MoreVariants(Schema):
-    """Variants that `make repro` leaves to `make repro-all`: with seeds, and defaults over the suite's, of their own."""
+    """Variants that `make repro` leaves to `make repro-all`: with their own seeds and defaults over the suite's."""
 
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     defaults: dict = Field(default_factory=dict)

@@ -87,7 +87,7 @@ def _first_problem(schema: type[BaseModel], value: Any, error: ValidationError) 
 
 
 def locate(value: Any, path: Sequence[str | int]) -> tuple[tuple[str | int, ...], Any]:
-    """The part of ``path`` that exists in the data, and what is there (pydantic's paths also name members of unions)."""
+    """The part of ``path`` that exists in the data, and what is there (pydantic's paths also name unions' members)."""
     where: list[str | int] = []
     for part in path:
         known = (isinstance(value, Mapping) and part in value) or (

@@ -1,8 +1,8 @@
 """The DVC pipelines, written from the suites: `dvc.yaml` for those a laptop runs, a file of its own for each other.
 
-Variants of one model form a matrix stage: it depends on the code in `models/` that they execute, so that another model's
-file does not make their results stale. DVC wants every output by name, so seeds and data sets stand in these files. The
-report depends on the whole folder of a suite's runs, which makes it wait for every variant.
+Variants of one model form a matrix stage: it depends on the code in `models/` that they execute, so that another
+model's file does not make their results stale. DVC wants every output by name, so seeds and data sets stand in these
+files. The report depends on the whole folder of a suite's runs, which makes it wait for every variant.
 """
 
 from __future__ import annotations

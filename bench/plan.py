@@ -36,7 +36,8 @@ def print_plan(suite_name: str, settings: Sequence[str]) -> None:
     total, images = 0.0, 0
     print(f"{suite_name}: {suite.count()} runs")
     print(
-        f"{'variant':<20}{'data set':<16}{'seeds':>6}{'images seen':>12}{'training':>14}{'evaluation':>14}   (each run, estimated)"
+        f"{'variant':<20}{'data set':<16}{'seeds':>6}{'images seen':>12}{'training':>14}{'evaluation':>14}"
+        "   (each run, estimated)"
     )
     for run in cells:
         cost, seeds = measure(run), len(suite.seeds_of(run.variant))
@@ -90,7 +91,7 @@ def measure(run: RunConfig) -> Cost:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of one call: the best of as many as fit into the probe's time, the first left out where there are more."""
+    """Seconds of one call: the best of as many as fit into the probe's time, the first left out if there are more."""
     best, spent = float("inf"), 0.0
     for attempt in range(50):
         started = time.perf_counter()

@@ -1,4 +1,7 @@
-"""What produced a result: code version, packages, hardware, memory and arithmetic. Nothing that names a person or a machine."""
+"""What produced a result: code version, packages, hardware, memory and arithmetic.
+
+Nothing that names a person or a machine.
+"""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 Metric = Literal["fd", "kid", "precision_recall", "sliced_wasserstein", "energy"]
 
-# the kinds of parameters that a model's phases may have, with the AdamW learning rates of the paper's CIFAR-10 runs (INDM,
-# DiffFlow) for those that a configuration leaves out
+# the kinds of parameters that a model's phases may have, with the AdamW learning rates of the paper's CIFAR-10 runs
+# (INDM, DiffFlow) for those that a configuration leaves out
 LEARNING_RATES = {"score": 2e-4, "drift": 2e-4, "flow": 1e-3}
 # dimensions of the features: a Frechet distance of fewer images has a singular covariance
 FEATURE_DIMS = {"classifier": 32, "inception": 2048}
@@ -30,10 +30,10 @@ class TrainConfig(Schema):
     """How a run is trained.
 
     ``steps`` optimiser steps of ``batch_size`` images; ``learning_rates`` by parameter group (AdamW; ``LEARNING_RATES``
-    names them and fills in what is left out); ``warmup`` steps of linear learning-rate growth; ``ema`` the decay of the weights' moving
-    average; ``clip`` the norm of each group's gradient (null: no clipping). The learning curve has ``curve`` points,
-    evenly spaced in log(images), each measured on ``curve_images`` test images and ``curve_samples`` samples (0: no
-    sample quality) drawn with ``curve_steps`` steps. ``checkpoint_every`` counts steps.
+    names them and fills in what is left out); ``warmup`` steps of linear learning-rate growth; ``ema`` the decay of the
+    weights' moving average; ``clip`` the norm of each group's gradient (null: no clipping). The learning curve has
+    ``curve`` points, evenly spaced in log(images), each measured on ``curve_images`` test images and ``curve_samples``
+    samples (0: no sample quality) drawn with ``curve_steps`` steps. ``checkpoint_every`` counts steps.
     """
 
     batch_size: Count

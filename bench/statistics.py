@@ -1,8 +1,8 @@
 """Seeds -> mean and interval, paired comparison, verdict, correction for many comparisons, and power.
 
 An interval over independent seeds is Student's t. Over the images of one test set, whose values are many and skewed, it
-is a bootstrap interval. Numbers are plain floats in the unit of the input. NaN and infinity are refused: a run without a
-number has a status instead, and a mean over what is left would hide it.
+is a bootstrap interval. Numbers are plain floats in the unit of the input. NaN and infinity are refused: a run without
+a number has a status instead, and a mean over what is left would hide it.
 """
 
 from __future__ import annotations
@@ -179,8 +179,9 @@ def bootstrap_interval(
     """Two-sided bootstrap interval of the mean of ``values`` (n,), bias-corrected and accelerated (BCa).
 
     For values over the images of one test set: many, independent, of no particular shape. The resampling is drawn from
-    ``seed`` alone, so that equal values give equal ends. One value, or equal ones, give an interval of no width. Source:
-    Efron, Journal of the American Statistical Association 82, 1987. Raises ValueError for no values, NaN or infinity.
+    ``seed`` alone, so that equal values give equal ends. One value, or equal ones, give an interval of no width.
+    Source: Efron, Journal of the American Statistical Association 82, 1987. Raises ValueError for no values, NaN or
+    infinity.
     """
     import numpy as np  # here: reports must import fast
     from scipy.special import ndtr, ndtri

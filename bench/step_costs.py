@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class StepCosts:
-    """``flops``: of matrix products and convolutions, a multiply-add counted as two; ``peak_bytes``: of live tensors."""
+    """``flops``: of matrix products and convolutions, a multiply-add counts as two; ``peak_bytes``: of live tensors."""
 
     flops: int
     peak_bytes: int

@@ -56,7 +56,7 @@ def stage_function(stage: str) -> Callable[..., None]:
 
 
 def default_workers(cells: int, cores: int) -> int:
-    """How many processes at once, so that no core idles in the last round: 3 cells on 2 cores share them from the start."""
+    """How many processes at once, so that no core idles in the last round: 3 cells share 2 cores from the start."""
     return max(1, min(cells, -(-cells // max(1, cells // cores))))
 
 

@@ -19,7 +19,7 @@ class Phase:
     """One optimiser step of a variant: the loop says how, the phase says what.
 
     ``parameters``: named groups, each with its own learning rate and gradient clipping ("score", "flow").
-    ``loss_fn``: (x of shape (B, ...), StepRandom) -> (scalar to minimise, named terms (scalars, nats/dim) for the record).
+    ``loss_fn``: (x of shape (B, ...), StepRandom) -> (scalar to minimise, named terms (scalars, nats/dim) to record).
     ``every``: the phase runs at steps divisible by it; ``when``: and only where this function of the step is true.
     """
 
@@ -85,7 +85,7 @@ class Model(nn.Module, ABC):
         raise NotDefined("not defined: continuous in time, its bound is the NELBO")
 
     def discrete_parts(self, levels: Tensor, count: int, generator: Generator = None) -> dict[str, Tensor]:
-        """Named parts, nats (B,), of a bound on -log P(k) of discrete images k (B, ...) in 0..count-1, not dequantised."""
+        """Named parts, nats (B,), of a bound on -log P of discrete images k (B, ...) in 0..count-1, not dequantised."""
         raise NotDefined("not defined: the model's decoder is a density, not a law of grey levels")
 
     def nelbo(self, x: Tensor, times: int = 1, generator: Generator = None) -> Tensor:

@@ -110,7 +110,7 @@ class NonlinearDiffusion(Model):
 
     @torch.no_grad()
     def chain_parts(self, x: Tensor, generator: Generator = None) -> dict[str, Tensor]:
-        """Parts of the chain's own bound (models.chain) over one path, nats (B,); they depend on the number of steps."""
+        """Parts of the chain's own bound (models.chain) over one path, nats (B,); they depend on the step count."""
         forward, backward = self.kernels(self.times.cpu())
         parts = chain_bound(x / self.scale, len(self.times) - 1, forward, backward, self.prior_log_prob, generator)
         return parts | {"reconstruction": torch.zeros_like(parts["prior"]), "flow": self._volume(x)}

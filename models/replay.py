@@ -112,7 +112,7 @@ class _Replay(torch.autograd.Function):
 
 
 def replayed_energy(path: Path, x: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(energy (B,) with gradient, half squared forward noises (B,) without); the bound is energy - noises + constants."""
+    """(energy (B,) with gradient, half squared forward noises (B,) without); bound = energy - noises + constants."""
     return _Replay.apply(path, x, *parameters)
 
 

@@ -221,7 +221,7 @@ def _robustness(folder, variant, flat, slope, own) -> None:
     lines = ["sampler,steps,nfe,n,fd,kid,precision,recall,sliced_wasserstein,energy,seconds,status"]
     points = [("euler_maruyama", steps) for steps in (8, 16, 32, 64)] + [("ode", 0)]
     if variant in SAMPLERS:
-        lines += [f"{sampler},{steps},,256,,,,,,,,\"{NO_SAMPLER}\"" for sampler, steps in points if steps]
+        lines += [f'{sampler},{steps},,256,,,,,,,,"{NO_SAMPLER}"' for sampler, steps in points if steps]
         points = [(SAMPLERS[variant], 64), ("ode", 0)]
     for sampler, steps in points:
         quality = (

@@ -1,4 +1,4 @@
-"""DDPM against closed forms: Gaussian data with the exact denoiser, levels of a known law, its chain's own recursion."""
+"""DDPM against closed forms: Gaussian data with the exact denoiser, levels of a known law, its chain's recursion."""
 
 import math
 
@@ -165,7 +165,7 @@ def test_embedding_has_the_density_of_the_data():
     assert abs(bound) < 4 * error + 5e-3
 
 
-# Grey levels -----------------------------------------------------------------------------------------------------------
+# Grey levels ----------------------------------------------------------------------------------------------------------
 
 
 def test_level_centres_are_the_middle_of_what_dequantisation_gives():
@@ -245,7 +245,7 @@ def test_reconstruction_is_the_mass_of_the_decoder():
 
 
 def test_scale_of_the_data_changes_no_probability():
-    """Data and levels in units twice as large: with the exact denoiser of the halved data, decoded in those of the data."""
+    """Data and levels in units twice as large: the exact denoiser of the halved data, decoded in those of the data."""
     x = data(4000)
     scaled = DDPM(GaussianScore(VPSDE(), MEAN / 2, STD / 2), (DIMS,), STEPS, scale=2.0)
     small = DDPM(GaussianScore(VPSDE(), MEAN / 2, STD / 2), (DIMS,), STEPS)

@@ -96,7 +96,7 @@ def test_loss_is_the_bound_that_is_reported():
 
 
 def gaussian_chain_bound(times, drift, score, g, variance):
-    """E of the chain's bound a dimension for N(0, variance) data and linear drift and score, by moments of each step."""
+    """E of the chain's bound a dimension for N(0, variance) data and linear drift and score, by each step's moments."""
     total, v = 0.0, variance
     for a, b in zip(times, times[1:], strict=False):
         h = b - a

@@ -1,4 +1,4 @@
-"""Glow: fresh it is the identity, trained it is invertible, its log-determinant is autograd's, every pixel takes part."""
+"""Glow: fresh it is the identity, trained it is invertible, its log-determinant autograd's, every pixel takes part."""
 
 import math
 
@@ -136,7 +136,7 @@ def test_one_step_on_images_equals_convolutions():
 
 @torch.no_grad()
 def test_what_a_level_splits_off_returns_to_its_pixels():
-    """The second level works on the lower rows of the squares, the third on the lower rows of those, and on no others."""
+    """The second level works on the lower rows of the squares, the third on the lower rows of those, on no others."""
     flow, x = trained(COLOUR), points(COLOUR, 2)
     whole = flow.latent(x)
     for number, rows in ((1, [1, 3, 5, 7]), (2, [3, 7])):

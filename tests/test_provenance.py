@@ -88,7 +88,7 @@ def test_a_changed_file_makes_the_version_dirty_and_a_report_does_not(tmp_path, 
 
 
 def test_flops_of_a_linear_layer_forward_and_backward():
-    # out = x W^T with x (5, 7), W (3, 7): 2*5*7*3 forward; backward once for W, and once for x where it needs a gradient
+    # out = x W^T with x (5, 7), W (3, 7): 2*5*7*3 forward; backward once for W, once for x where it needs a gradient
     layer = torch.nn.Linear(7, 3, bias=False)
     assert count_flops(lambda: layer(torch.ones(5, 7))) == 2 * 5 * 7 * 3
     assert count_flops(lambda: layer(torch.ones(5, 7)).sum().backward()) == 2 * (2 * 5 * 7 * 3)

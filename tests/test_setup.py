@@ -127,7 +127,10 @@ def test_setup_installs_from_the_locks_once_and_again_when_they_change(empty_mac
 def test_where_uv_fails_pip_installs_the_same_lock(empty_machine):
     folder, make = empty_machine
     log = folder / "log"
-    fake = 'mkdir -p .venv/bin; printf "%s" "$PIP" > .venv/bin/python; printf "%s" "$UV" > .venv/bin/uv; chmod +x .venv/bin/*'
+    fake = (
+        'mkdir -p .venv/bin; printf "%s" "$PIP" > .venv/bin/python; '
+        'printf "%s" "$UV" > .venv/bin/uv; chmod +x .venv/bin/*'
+    )
     (folder / "bin" / "chmod").symlink_to(shutil.which("chmod"))
     bash = shutil.which("bash")
     script(

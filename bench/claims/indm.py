@@ -14,7 +14,8 @@ INDM = "INDM, Kim et al., NeurIPS 2022 (arXiv 2205.13699)"
 OPEN = f"{INDM}, listed as open"
 
 # FID, lower is better, by (data set, variant), as in reports/reference.csv: the abstract's INDM on CelebA, which names
-# no configuration and stands for the one of the FID setting; a leaderboard's INDM (VE, FID) there, INDM (FID) on CIFAR-10
+# no configuration and stands for the one of the FID setting; a leaderboard's INDM (VE, FID) there, INDM (FID) on
+# CIFAR-10
 PUBLISHED_FID = {
     ("celeba64", "indm-vp-fid"): 1.75,
     ("celeba64", "indm-ve"): 2.54,

@@ -117,7 +117,8 @@ def caption(suite: str, grid: Grid, rows: Sequence[Outcome]) -> str:
     tested, most = sum(sizes.values()), max(sizes.values(), default=0)
     return (
         f"Suite {suite}, seeds {seeds}. {small}{scales} Statements, statistics, pairs, sides and rules are fixed in "
-        "`bench/claims`, before results are read. Estimate: mean over seeds ± half its 95 % t interval, paired by seed; "
+        "`bench/claims`, before results are read. "
+        "Estimate: mean over seeds ± half its 95 % t interval, paired by seed; "
         "sd is over seeds. On its own (alone) a row is decided where its interval excludes zero and it has at least "
         f"{least} seeds. The verdict also asks for Holm's corrected p below 0.05; a family is the tested rows of "
         f"one data set and pair, across all claims (at most {most} of the {tested} rows), so that the chance of any "

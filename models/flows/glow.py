@@ -27,10 +27,10 @@ from models.options import Count, Positive
 def shuffle_order(channels: int) -> list[int]:
     """The channel that moves to each place in a step's shuffle, such that all channels soon play both roles.
 
-    Even counts: the in-shuffle of a pack of cards. Position x, counted from 1, goes to 2x mod (channels + 1); no channel
-    stays in one half, since doubling leaves the first half and the second is its mirror image. It splits the channels
-    anew each time, where exchanging the halves would keep the same two sets. Odd counts, which only points have: a
-    rotation by half, whose cycle passes through every place.
+    Even counts: the in-shuffle of a pack of cards. Position x, counted from 1, goes to 2x mod (channels + 1); no
+    channel stays in one half, since doubling leaves the first half and the second is its mirror image. It splits the
+    channels anew each time, where exchanging the halves would keep the same two sets. Odd counts, which only points
+    have: a rotation by half, whose cycle passes through every place.
     """
     if channels % 2:
         return [(i + channels // 2) % channels for i in range(channels)]

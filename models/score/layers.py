@@ -16,7 +16,7 @@ def require(condition: bool, key: str, value: object, accepted: str) -> None:
 
 
 def init_fan_avg(layer: nn.Module, scale: float = 1.0) -> nn.Module:
-    """Fill the weight uniformly with variance `scale / mean(fan_in, fan_out)` and the bias with zeros; return the layer.
+    """Fill the weight uniformly with variance `scale / mean(fan_in, fan_out)`, the bias with zeros; return the layer.
 
     A scale of 0 means 1e-10, as in the reference networks: every weight keeps a gradient from the first step on.
     """
@@ -136,7 +136,7 @@ class PyramidDownsample(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask costs a third of PyTorch's on a CPU: 16 random bits an element, so p is a multiple of 1/65536."""
+    """Dropout whose mask costs a third of PyTorch's on a CPU: 16 random bits an element: p is a multiple of 1/65536."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -210,7 +210,7 @@ class AttentionBlock(nn.Module):
         self.rescale = rescale
 
     def forward(self, x: Tensor) -> Tensor:
-        # Linear layers on (B, pixels, C): with channels_last memory no copy, and elsewhere faster than 1x1 convolutions.
+        # Linear layers on (B, pixels, C): with channels_last memory no copy, elsewhere faster than 1x1 convolutions.
         h = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(h)[:, None].chunk(3, dim=3)
         h = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])

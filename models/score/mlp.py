@@ -28,7 +28,7 @@ class Waves(nn.Module):
 
 
 class ScoreMLP(ModelMixin, ConfigMixin):
-    """Noise predictor `net(z, condition)`: z (B, *shape) of order one, condition lambda = log(sigma/alpha) (B,) -> as z.
+    """Noise predictor `net(z, condition)`: z (B, *shape) of order 1, condition lambda = log(sigma/alpha) (B,) -> as z.
 
     Residual blocks h + W2 gelu(W1 gelu(norm(h)) + U e), where e are waves of lambda of period 32 (longer than twice
     its range over all SDEs here) and shorter. The last layer starts at zero.
