@@ -386,3 +386,14 @@ def test_page_refuses_a_summary_of_another_form(reported, tmp_path):
     edit(tmp_path / "digits", "summary.json", lambda record: record.update(schema=1))
     with pytest.raises(InputError, match="run `indm-bench report digits` again"):
         report_index(tmp_path)
+
+
+def test_page_leaves_out_a_suite_of_another_form_and_says_so(reported, tmp_path):
+    for suite in ("digits", "toy2d"):
+        shutil.copytree(reported / suite, tmp_path / suite)
+    shutil.copy(reported / "reference.csv", tmp_path)
+    edit(tmp_path / "digits", "summary.json", lambda record: record.update(schema=1))
+    report_index(tmp_path)
+    text = (tmp_path / "index.html").read_text()
+    assert 'id="suite-toy2d"' in text and 'id="suite-digits"' not in text
+    assert "because other code wrote their reports: <code>digits</code>" in text
