@@ -148,11 +148,13 @@ def test_tables_hold_every_variant_and_the_references(project):
     assert {("checkerboard", "exact density"), ("digits", "Gaussian, full covariance")} <= found
 
 
-@pytest.mark.parametrize("table", [*TABLES, "latents"])
+# the claims are about pairs of variants that were fixed beforehand
+@pytest.mark.parametrize("table", [name for name in (*TABLES, "latents") if name != "claims"])
 def test_a_model_of_ones_own_stands_in_every_table(project, table):
     """The guide of the README, followed to the letter: one file, one entry."""
     rows = [row for row in project.table(table) if row.get("variant") == GUIDED]
-    assert {row["dataset"] for row in rows} == {"checkerboard", "digits"}
+    # points have no grey levels
+    assert {row["dataset"] for row in rows} == {"digits"} | ({"checkerboard"} if table != "discrete_bounds" else set())
 
 
 def test_a_model_of_ones_own_is_measured_like_the_others(project):
