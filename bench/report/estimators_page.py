@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.files import read_json
+from bench.report.data_uri import data_uri
 from bench.report.display import BLANK, View, heading, number
 from bench.report.load import finite, read_csv
 
@@ -151,7 +152,6 @@ def _cell(text: str, word: bool) -> str:
 
 
 def _figures(folder: Path, width: int) -> list[dict[str, str]]:
-    from bench.report.page import data_uri  # the page imports this module
 
     made = []
     for path in sorted(folder.glob("*.png")):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from bench.errors import InputError
 from bench.files import read_json, write_text_atomic
 from bench.report.beside import beside_the_paper
+from bench.report.data_uri import data_uri
 from bench.report.display import EMPTY, SAMPLERS, TITLES, label, views
 from bench.report.estimators_page import ESTIMATORS, estimators_section
 from bench.report.findings import headline, score
@@ -351,18 +350,3 @@ def _shape(path: Path) -> str:
     with Image.open(path) as image:
         ratio = image.width / image.height
     return "wide" if ratio > 2.5 else "middle" if ratio > 1.5 else "narrow"
-
-
-def data_uri(path: Path, width: int) -> str:
-    """The image at most ``width`` pixels wide, as a PNG of 256 colours in a data URI."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
-    if picture.width > width:
-        picture = picture.resize(
-            (width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS
-        )
-    stream = io.BytesIO()
-    picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

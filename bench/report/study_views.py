@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.cells import Cell, Row, Table
+from bench.report.data_uri import data_uri
 from bench.report.display import BLANK, View, escape_cell, interval, label, markdown, number, views
 from bench.report.load import finite
 from bench.report.study_files import FORMS
@@ -195,7 +196,6 @@ def study_views(folder: Path, summary: Mapping[str, Any], width: int = 1240) -> 
     ``width``: of figures, in pixels. Each study has name, title, intro, headline, rows (their number), views, terms and
     figures.
     """
-    from bench.report.page import data_uri  # the page imports this module
 
     studies = summary.get("studies") or {}
     made = []
