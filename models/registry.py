@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models.base import Model
-from models.flows import Glow, Identity, ResidualFlow
+from models.flows import GlobalLatentFlow, Glow, Identity, ResidualFlow
 from models.score.mlp import ScoreMLP
 from models.score.ncsnpp import NCSNpp
 from models.sde import VESDE, VPSDE, SubVPSDE
@@ -24,7 +24,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
     "score": {"ncsnpp": NCSNpp, "mlp": ScoreMLP},
     # a learned forward drift is a network of the same kind
     "drift": {"ncsnpp": NCSNpp, "mlp": ScoreMLP},
-    "flow": {"identity": Identity, "residual": ResidualFlow, "glow": Glow},
+    "flow": {"identity": Identity, "residual": ResidualFlow, "residual_global": GlobalLatentFlow, "glow": Glow},
 }
 
 
