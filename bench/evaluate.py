@@ -19,7 +19,8 @@ from bench.config import RunConfig
 from bench.data import Dataset, load, quantise
 from bench.distances import energy_distance, sliced_wasserstein
 from bench.errors import InputError
-from bench.files import atomic_path, read_json, write_json, write_text_atomic
+from bench.files import atomic_path, write_json, write_text_atomic
+from bench.finished import is_evaluated, is_trained
 from bench.likelihood import (
     FAILURES,
     Units,
@@ -33,7 +34,6 @@ from bench.likelihood import (
 )
 from bench.sampling import draw
 from bench.studies import Context, conduct
-from bench.train import is_trained
 from models.base import Model
 
 ROBUSTNESS_COLUMNS = (
@@ -209,15 +209,6 @@ def _time_sampling(model: Model) -> dict[str, Any]:
     options = inspect.signature(model.nelbo_parts).parameters
     names = ("proposal", "draws", "control_variate")
     return {f"nelbo_{name}": options[name].default for name in names if name in options}
-
-
-def is_evaluated(run: RunConfig) -> bool:
-    """Whether the run's folder holds the evaluation of exactly this configuration and these weights."""
-    try:
-        record, trained = (read_json(run.folder / name) for name in ("likelihood.json", "provenance.json"))
-        return record["config_hash"] == run.hash and record["weights_sha256"] == trained["weights_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # missing or damaged: not done
 
 
 def evaluate(run: RunConfig) -> None:

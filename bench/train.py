@@ -35,7 +35,8 @@ from bench.checkpoint import (
 from bench.config import RunConfig, TrainConfig, check_buildable
 from bench.data import Dataset, dequantise, load
 from bench.errors import InputError
-from bench.files import read_json, write_json
+from bench.files import write_json
+from bench.finished import is_trained
 from bench.progress import Bar
 from bench.provenance import training_code
 from bench.step_costs import StepCosts, step_costs
@@ -293,16 +294,6 @@ class Trainer:
                 self.save()
                 started = time.perf_counter()
         bar.close()
-
-
-def is_trained(run: RunConfig) -> bool:
-    """Whether the run's folder already holds the finished training of exactly this configuration."""
-    weights = run.folder / "weights" / "model.safetensors"
-    try:
-        record = read_json(run.folder / "provenance.json")
-        return record["config_hash"] == run.training_hash and record["weights_sha256"] == file_hash(weights)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # missing or damaged: not finished
 
 
 def train(run: RunConfig, progress: bool = True) -> None:

@@ -6,7 +6,6 @@ no second code path.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.base import Loss, Model, Phase
-from models.flows import Identity
+from models.flows import Identity, calls
 from models.integrators import MAX_STEP, ProbeKind, dormand_prince, flow_field, hutchinson_probes, state_scale
 from models.noise import Generator, StepRandom, normal
 from models.options import NonNegative, Positive
@@ -77,8 +76,6 @@ class INDM(Model):
         self.setting, self.scale, self.time_sampling = setting, scale, time_sampling
         self.shape = tuple(shape or ())
         self.nfe: float | None = None
-        # the contract of a flow is forward(x); one whose log-determinant is an estimate takes a generator too
-        self._random_flow = "generator" in inspect.signature(self.flow.forward).parameters
 
     @classmethod
     def from_options(
@@ -117,7 +114,7 @@ class INDM(Model):
     # Data space <-> latent space -----------------------------------------------------------------------------------
 
     def encode(self, x: Tensor, generator: Generator = None, bypass: bool = False) -> tuple[Tensor, Tensor]:
-        """(z_0, log|det dz_0/dx| in nats (B,)); ``generator`` feeds the log-determinant's stochastic estimate.
+        """(z_0, log|det dz_0/dx| in nats (B,)); ``generator`` feeds the estimate and a global latent's draw.
 
         ``bypass``: leave out the flow's learned part.
         """
@@ -125,19 +122,19 @@ class INDM(Model):
         if bypass:
             log_det = z.new_zeros(len(z))
         else:
-            z, log_det = self.flow(z, **({"generator": generator} if self._random_flow else {}))
+            z, log_det = calls.encode(self.flow, z, generator)
         if self.scale != 1:
             log_det = log_det - x[0].numel() * torch.tensor(self.scale, dtype=torch.float64).log().to(log_det)
         return z, log_det
 
-    def latent(self, x: Tensor) -> Tensor:
+    def latent(self, x: Tensor, generator: Generator = None) -> Tensor:
         """z_0 = h(x) alone, for those who need no log-determinant."""
-        x = x / self.scale if self.scale != 1 else x
-        return self.flow.latent(x) if hasattr(self.flow, "latent") else self.flow(x)[0]
+        return calls.latent(self.flow, x / self.scale if self.scale != 1 else x, generator)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, generator: Generator = None) -> Tensor:
         """x = h^{-1}(z_0). Raises FlowInverseError where the inverse does not converge."""
-        return self.flow.inverse(z) * self.scale if self.scale != 1 else self.flow.inverse(z)
+        x = calls.decode(self.flow, z, generator)
+        return x * self.scale if self.scale != 1 else x
 
     def perturb(self, z0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """z_t = alpha z_0 + sigma noise."""
@@ -209,7 +206,7 @@ class INDM(Model):
     def _score_error(self, x: Tensor, random: StepRandom, name: str, bypass: bool) -> tuple[Tensor, Tensor]:
         """(|noise_hat - noise|^2, the times' weights), each (B,); one truncation for the whole batch, if it is soft."""
         with torch.no_grad():
-            z0 = self.encode(x, bypass=True)[0] if bypass else self.latent(x)
+            z0 = self.encode(x, bypass=True)[0] if bypass else self.latent(x, random.source("score flow"))
         bounds = {}
         if self.soft_truncation is not None:
             u = torch.rand((), generator=random.generator("truncation", "cpu"), dtype=torch.float64)
@@ -377,12 +374,13 @@ class INDM(Model):
         z0, self.nfe = SAMPLERS[sampler](
             self.noise, self.sde, z, steps, generator, self.sde.eps if end is None else end, **options
         )
-        return self.decode(z0)
+        return self.decode(z0, generator)
 
     @torch.no_grad()
     def trajectory(self, x: Tensor, times: Sequence[float], generator: Generator = None) -> Tensor:
         """x_t = h^{-1}(z_t) along one path of the forward SDE, (len(times), B, *shape); times increase from >= 0."""
-        z0 = self.latent(x)
+        flow = calls.fixed(self.flow, x / self.scale, generator)  # the path begins at x
+        z0 = calls.latent(flow, x / self.scale)
         path, z, earlier = [], z0, None
         for time in times:
             t = torch.full((len(x),), max(float(time), 0.0), dtype=x.dtype, device=x.device)
@@ -393,6 +391,6 @@ class INDM(Model):
                 mean, variance = self.sde.transition(earlier, t)
                 std = variance.sqrt()
             z = expand(mean, z) * z + expand(std, z) * normal(z.shape, generator, z.device, z.dtype)
-            path.append(self.decode(z))
+            path.append(calls.decode(flow, z) * self.scale)
             earlier = t
         return torch.stack(path)
