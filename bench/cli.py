@@ -69,17 +69,60 @@ def train(
 
 @app.command()
 def evaluate(
-    suite: SuiteName,
-    variant: VariantName,
+    suite: Annotated[str | None, typer.Argument(metavar="SUITE", help="Name of a suite.")] = None,
+    variant: Annotated[str | None, typer.Argument(metavar="VARIANT", help="A variant of the suite.")] = None,
     seed: SeedOption = None,
     dataset: DatasetOption = None,
     workers: WorkersOption = None,
     settings: SetOption = None,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option("--pretrained", help="Measure this folder instead: of import-checkpoint, export or diffusers."),
+    ] = None,
+    suite_option: Annotated[str | None, typer.Option("--suite", help="The suite, as SUITE.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="What --pretrained is called in the tables.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results of --pretrained.")] = None,
 ) -> None:
-    """Measure a trained variant: likelihoods, sample quality against sampling steps, pictures."""
-    from bench.commands import run_stage
+    """Measure a trained variant: likelihoods, sample quality against sampling steps, pictures.
 
+    With --pretrained, a model trained elsewhere, under the settings of VARIANT (default: the suite's first).
+    """
+    from bench.commands import measure_pretrained, run_stage
+
+    if suite_option is not None:  # then the one name that stands alone is a variant's
+        if variant is not None:
+            raise InputError(f"evaluate: --suite {suite_option}: accepted: the suite given once, here or as SUITE")
+        suite, variant = suite_option, suite
+    if suite is None or (variant is None and pretrained is None):
+        missing = "SUITE" if suite is None else "VARIANT"
+        raise InputError(f"evaluate: {missing} is missing; accepted: SUITE VARIANT, or SUITE with --pretrained PATH")
+    if pretrained is not None:
+        if workers is not None:
+            raise InputError(f"evaluate: --workers {workers}: accepted: only without --pretrained, which is one run")
+        measure_pretrained(pretrained, suite, variant, seed, dataset, name, out, settings)
+        return
+    if name is not None or out is not None:
+        raise InputError(f"evaluate: {'--name' if name is not None else '--out'}: accepted: only with --pretrained")
     run_stage("evaluate", suite, variant, seed, dataset, workers, settings)
+
+
+@app.command("import-checkpoint")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint that torch.save wrote (.pth).")],
+    config: Annotated[
+        str, typer.Option("--config", help="Its official configuration, e.g. vp/cifar10_ddpmpp_continuous.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write, for evaluate --pretrained.")],
+    kind: Annotated[str, typer.Option("--kind", help="Whose checkpoint: score_sde or indm.")] = "score_sde",
+    flow: Annotated[Path | None, typer.Option("--flow", help="With --kind indm: its flow_checkpoint.pth.")] = None,
+    weights: Annotated[str, typer.Option("--weights", help="ema, the averaged ones, or raw.")] = "ema",
+    shape: Annotated[str, typer.Option("--shape", help="Channels, height and width of an image.")] = "3,32,32",
+    settings: SetOption = None,
+) -> None:
+    """Read an official checkpoint without unpickling objects, and write it as a folder of this harness."""
+    from bench.commands import import_weights
+
+    import_weights(file, config, out, kind, weights, shape, settings, flow)
 
 
 @app.command()

@@ -226,3 +226,46 @@ def export_run(suite_name: str, variant: str, seed: int | None, dataset: str | N
             raise InputError(f"{source}: missing; train the run first")
         shutil.copyfile(source, out / source.name)
     print(f"{variant} (seed {run.seed}): {out}")
+
+
+def import_weights(
+    file: Path,
+    config: str,
+    out: Path,
+    kind: str,
+    weights: str,
+    shape: str,
+    settings: Sequence[str] | None,
+    flow: Path | None = None,
+) -> None:
+    """Write the folder of an imported checkpoint; ``shape`` is text as "3,32,32"."""
+    sides = shape.split(",")
+    if len(sides) != 3 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+        raise InputError(f"--shape {shape}: accepted: channels, height and width, for example 3,32,32")
+
+    from bench.importing.pretrained import import_checkpoint
+
+    imported = import_checkpoint(file, out, config, kind, weights, [int(side) for side in sides], settings or (), flow)
+    unusable = "" if imported.space == "data" else f"; its score is of {imported.space}, it cannot be evaluated alone"
+    print(f"{imported.config} ({imported.weights} weights): {out}{unusable}")
+
+
+def measure_pretrained(
+    path: Path,
+    suite_name: str,
+    variant: str | None,
+    seed: int | None,
+    dataset: str | None,
+    name: str | None,
+    out: Path | None,
+    settings: Sequence[str] | None,
+) -> None:
+    """Evaluate a model trained elsewhere and print its likelihood."""
+    from bench.files import read_json
+    from bench.importing.measure import evaluate_pretrained
+
+    run = evaluate_pretrained(path, suite_name, variant, seed, dataset, name, out, settings or ())
+    record = read_json(run.folder / "likelihood.json")
+    numbers = {key: (record[key] or {}).get("corrected") for key in ("nll", "nelbo")}
+    said = [f"{key.upper()} {value['total']:.4f} {record['units']}" for key, value in numbers.items() if value]
+    print(f"{run.variant}: {', '.join(said) or record['status']}; {run.folder}")
