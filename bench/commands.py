@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ def run_stage(
     """Train or evaluate the chosen runs. Bad input in any stops all before any work; typer.Exit(1) on failure."""
     suite = load_suite(suite_name, settings or [])
     check_workers(workers)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        workers = 1  # the processes that torchrun started share each run
     side_by_side = workers != 1 and usable_cores() > 1 and suite.count(variant, seed, dataset) > 1
     arguments = (suite, variant, seed, dataset)
     runs, device_for_one = ask_server(stage, resolve, *arguments) if side_by_side else resolve(*arguments)

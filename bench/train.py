@@ -248,8 +248,9 @@ class Trainer:
         return result
 
     def check(self, terms: dict[str, Tensor]) -> float:
-        """The loss as a number; raises TrainingDiverged, before any checkpoint is written, if a term is not finite."""
-        values = torch.stack([value.float() for value in terms.values()]).tolist()
+        """The global batch's loss; raises TrainingDiverged, before any checkpoint, if a term is not finite."""
+        # terms are means over rows, of which each process has as many; all processes stop, or none
+        values = self.accelerator.reduce(torch.stack([v.float() for v in terms.values()]), reduction="mean").tolist()
         if not all(map(math.isfinite, values)):
             shown = ", ".join(f"{name} = {value:.4g}" for name, value in zip(terms, values, strict=True))
             raise TrainingDiverged(f"loss or gradient is not finite at step {self.step}: {shown}")
@@ -274,7 +275,7 @@ class Trainer:
             total=config.steps,
             initial=self.step,
             unit="step",
-            disable=not self.progress,
+            disable=not (self.progress and self.accelerator.is_main_process),
             mininterval=0.5,
             desc=f"{self.run.variant}/{self.run.dataset}/{self.run.seed}",
         )
@@ -321,8 +322,9 @@ def _train(trainer: Trainer, failure: Path) -> None:
         write_json(failure, {"status": f"diverged: {error}", "step": trainer.step, "config_hash": run.training_hash})
         raise
     failure.unlink(missing_ok=True)
+    cost = costs_of_step(trainer)  # by every process: a loss may gather from the others
     if trainer.accelerator.is_main_process:
-        _write_results(trainer, run.folder)
+        _write_results(trainer, run.folder, cost)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -332,14 +334,13 @@ def check_features(run: RunConfig) -> None:
         raise InputError(f"{run.features_file}: not found; accepted: run `indm-bench features {run.suite}` first")
 
 
-def _write_results(trainer: Trainer, folder: Path) -> None:
+def _write_results(trainer: Trainer, folder: Path, cost: StepCosts) -> None:
     import pandas as pd
 
     from bench.config import dump_config
     from bench.files import write_text_atomic
     from bench.provenance import record
 
-    cost = costs_of_step(trainer)
     # from here to the last line the folder holds no finished run, whatever was in it before
     for finished in ("provenance.json", "likelihood.json"):
         (folder / finished).unlink(missing_ok=True)
@@ -368,7 +369,7 @@ def parameter_counts(model: Model) -> dict[str, int]:
 
 
 def costs_of_step(trainer: Trainer) -> StepCosts:
-    """Mean FLOPs and largest live memory of an optimiser step, counted on a copy: the trained state is not touched.
+    """Mean FLOPs of all processes and largest live memory of one in an optimiser step, counted on a copy of the model.
 
     Phases that run at some steps only count as often as they ran: the costs are those of steps spread over the run.
     """
@@ -386,4 +387,4 @@ def costs_of_step(trainer: Trainer) -> StepCosts:
         cost = step_costs(run)
         flops.append(cost.flops)
         peak = max(peak, cost.peak_bytes)
-    return StepCosts(round(sum(flops) / len(flops)), peak)
+    return StepCosts(round(sum(flops) / len(flops)) * trainer.accelerator.num_processes, peak)

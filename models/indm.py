@@ -173,7 +173,7 @@ class INDM(Model):
         With importance-sampled time the score term is Z/2 |noise_hat - noise|^2. The prior term is its expectation.
         ``bypass``: as the linear diffusion that the flow's absence leaves.
         """
-        z0, log_det = self.encode(x, random.generator("flow"), bypass)
+        z0, log_det = self.encode(x, random.whole("flow"), bypass)
         # the FID setting's law is its score's: the flow sees importance-sampled times
         name = (self.proposal if self.setting == "nll" else None) or "importance"
         t, weight = PROPOSALS[name](self.sde, self._uniforms(random, x.dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,13 +76,28 @@ class IndexedGenerator:
         return (self.uniform(shape, device, dtype) >= 0.5).to(dtype or torch.get_default_dtype()) * 2 - 1
 
 
-Generator = torch.Generator | IndexedGenerator | None
+class BatchGenerator:
+    """A torch generator that draws for a training step's global batch, of which this process keeps its rows."""
+
+    def __init__(self, source: torch.Generator, batch_size: int, rows: tuple[int, int]):
+        self.source, self.batch_size, self.rows = source, batch_size, rows
+        self.device = source.device
+
+    def own(self, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        """This process's rows of ``draw(batch_size, source)`` (batch_size, ...)."""
+        first, count = self.rows
+        return draw(self.batch_size, self.source)[first : first + count]
+
+
+Generator = torch.Generator | IndexedGenerator | BatchGenerator | None
 
 
 def normal(shape, generator: Generator = None, device=None, dtype=None) -> Tensor:
     """Standard normals from a torch generator, from per-sample indices, or from torch's global state."""
     if isinstance(generator, IndexedGenerator):
         return generator.normal(shape, device, dtype)
+    if isinstance(generator, BatchGenerator):
+        return generator.own(lambda size, source: normal((size, *shape[1:]), source, device, dtype))
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
@@ -90,6 +105,8 @@ def uniform(shape, generator: Generator = None, device=None, dtype=None) -> Tens
     """Uniforms in [0, 1) from any of the three sources."""
     if isinstance(generator, IndexedGenerator):
         return generator.uniform(shape, device, dtype)
+    if isinstance(generator, BatchGenerator):
+        return generator.own(lambda size, source: uniform((size, *shape[1:]), source, device, dtype))
     return torch.rand(shape, generator=generator, device=device, dtype=dtype)
 
 
@@ -129,6 +146,10 @@ class StepRandom:
     def source(self, purpose: str) -> RowGenerator:
         """A stream of draws for this process's samples, as functions of (seed, step, purpose) and the global index."""
         return RowGenerator(self, purpose)
+
+    def whole(self, purpose: str) -> BatchGenerator:
+        """A stream of draws for the global batch from one torch generator; each process keeps its rows of each."""
+        return BatchGenerator(self.generator(purpose), self.batch_size, self.rows)
 
     def stratified(self, purpose: str, dtype=None) -> Tensor:
         """Uniforms (count,) that cover [0, 1) evenly over the global batch: one random shift of a regular grid."""

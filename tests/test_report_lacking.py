@@ -21,7 +21,7 @@ from synthetic_runs import (
     write_suite,
 )
 
-from bench.report import report_index, report_suite
+from bench.report import forms, report_index, report_suite
 from bench.report.cells import Cell, Row, Table
 from bench.report.display import cell_text, views
 from bench.report.forms import TABLES
@@ -237,3 +237,10 @@ def test_older_runs_are_read_and_say_that_they_are_older(tmp_path):
     found = tables(tmp_path)
     assert cell(found["nll_nelbo_gap"], "gap_corrected", variant="ddpmpp-vp").summary.n == 2
     assert "evaluated by code that knew no bounds" in cell(found["bounds"], "chain", variant="ddpmpp-vp").status
+
+
+def test_no_string_of_the_style_sheet_runs_over_a_line():
+    """Such a string is an error of CSS that silently takes the rules after it away: the page loses its margins."""
+    style = (Path(forms.__file__).parent / "page.css.j2").read_text()
+    assert all(line.count('"') % 2 == 0 for line in style.splitlines())
+    assert style.count("{") == style.count("}")

@@ -11,7 +11,7 @@ import pytest
 from synthetic_runs import EFFECTS, VARIANTS, Page, edit, expected, rows_of, tables, write_run, write_suite
 
 from bench.errors import InputError
-from bench.report import display, report_index, report_suite
+from bench.report import report_index, report_suite
 from bench.report.cells import Cell, Row, Table, aggregate
 from bench.report.display import cell_text, interval, markdown, number, plain, views
 from bench.report.load import load_runs
@@ -397,10 +397,3 @@ def test_page_leaves_out_a_suite_of_another_form_and_says_so(reported, tmp_path)
     text = (tmp_path / "index.html").read_text()
     assert 'id="suite-toy2d"' in text and 'id="suite-digits"' not in text
     assert "because other code wrote their reports: <code>digits</code>" in text
-
-
-def test_no_string_of_the_style_sheet_runs_over_a_line():
-    """Such a string is an error of CSS that silently takes the rules after it away: the page loses its margins."""
-    style = (Path(display.__file__).parent / "page.css.j2").read_text()
-    assert all(line.count('"') % 2 == 0 for line in style.splitlines())
-    assert style.count("{") == style.count("}")

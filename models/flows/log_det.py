@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.flows.lipschitz import Jacobian
-from models.noise import Generator, IndexedGenerator
+from models.noise import BatchGenerator, Generator, IndexedGenerator
 
 # Elements of the largest tensor while columns of J are computed: what a CPU's cache or a GPU's memory holds with ease.
 COLUMN_BUDGET = {"cpu": 2**17, "cuda": 2**26}
@@ -41,11 +41,14 @@ class Roulette:
     rate: float = 2.0
 
     def draw(self, count: int, groups: int, generator: Generator = None) -> Tensor:
-        """Lengths N for `count` samples, int64 (count,) on the CPU, one for each of `groups` runs of samples.
+        """Lengths N for `count` samples, int64 (count,) on the CPU, one for each of `groups` runs (at most).
 
         The runs' uniform numbers are one draw shifted by equal steps around [0, 1): each N has exactly its
         distribution, while the work of a call, which is the number of terms in all, hardly varies.
         """
+        if isinstance(generator, BatchGenerator):
+            return generator.own(lambda size, source: self.draw(size, groups, source))
+        groups = min(count, groups)
         if isinstance(generator, IndexedGenerator):  # each sample's own, whatever batch it is in
             uniform, groups = generator.uniform((count,), dtype=torch.float64).cpu().clamp_min(1e-12), count
         else:
@@ -143,6 +146,8 @@ def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulett
 
 def draw_probe(kind: str, like: Tensor, generator: Generator = None) -> Tensor:
     """Hutchinson probe of `like`'s shape, dtype and device: "rademacher" or "gaussian"."""
+    if isinstance(generator, BatchGenerator):
+        return generator.own(lambda size, source: draw_probe(kind, like[:1].expand(size, *like.shape[1:]), source))
     if isinstance(generator, IndexedGenerator):
         own = generator.normal if kind == "gaussian" else generator.rademacher
         return own(like.shape, like.device, like.dtype)

@@ -179,7 +179,7 @@ class ResidualFlow(nn.Module):
                         term = log_det_from_columns(columns(jacobian, a))
                     else:
                         change, jacobian = chain.linearise(a)
-                        groups = min(len(a), ROULETTE_GROUPS) if self.training else len(a)
+                        groups = ROULETTE_GROUPS if self.training else len(a)
                         depth = self.roulette.draw(len(a), groups, generator)
                         probe = draw_probe(self.probes, a, generator)
                         term = series(jacobian, probe, depth, self.terms[self.training], self.roulette)

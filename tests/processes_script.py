@@ -1,0 +1,31 @@
+"""What ``tests/test_processes.py`` starts by ``torchrun``: runs of ``tiny_run``, whole, and one that stops midway."""
+
+import os
+import sys
+
+import torch
+from test_processes import STOP, STOPPED, VARIANTS, stop_at, tiny_run
+
+from bench.train import Trainer, train
+
+
+def main(folder: str) -> None:
+    """Train each variant under ``folder``/whole, and STOPPED up to step STOP under ``folder``/stopped."""
+    torch.set_num_threads(1)
+    use(folder, "whole")
+    for variant in VARIANTS:
+        train(tiny_run(variant), progress=False)
+    use(folder, "stopped")
+    trainer = Trainer(tiny_run(STOPPED), progress=False)
+    stop_at(trainer, STOP)
+    torch.distributed.destroy_process_group()
+
+
+def use(folder: str, name: str) -> None:
+    """Send results and checkpoints to ``folder``/``name``."""
+    os.environ["INDM_BENCH_RUNS"] = f"{folder}/{name}/runs"
+    os.environ["INDM_BENCH_CHECKPOINTS"] = f"{folder}/{name}/checkpoints"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
