@@ -1,6 +1,8 @@
 """`evaluate --pretrained`: imported checkpoints, folders of diffusers and exported models, as runs of a suite."""
 
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from bench.checkpoint import file_hash, save_weights
 from bench.config import dump_config, load_suite
 from bench.data import load
 from bench.files import read_json, write_json, write_text_atomic
+from bench.importing import measure as importing
 from bench.importing.pretrained import import_checkpoint, load_pretrained
 from bench.likelihood import measure
 
@@ -234,3 +237,11 @@ def test_pickled_weights_of_diffusers_execute_nothing(tmp_path):
     trap = tmp_path / "sprung"
     torch.save({"conv_in.bias": Trap(trap)}, tmp_path / "unet" / "diffusion_pytorch_model.bin")
     assert "it asks for" in refused(load_pretrained, tmp_path) and not trap.exists()
+
+
+@pytest.mark.parametrize(("flow", "said"), [({}, "ema"), ({"flow": "0" * 64}, "ema score, raw flow")])
+def test_averaged_score_with_raw_flow_is_not_called_averaged(flow, said):
+    """The tables refuse to compare what is measured with different weights, if the record says so."""
+    loaded = SimpleNamespace(description={"weights": "ema"}, source={"sha256": "1" * 64} | flow)
+    assert importing._weights(loaded) == said
+    assert "_weights(loaded)" in inspect.getsource(importing._measure)

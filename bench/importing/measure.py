@@ -128,8 +128,7 @@ def _measure(run: PretrainedRun, loaded: Pretrained, data: Any, device: torch.de
         "seed": run.seed,
         "config_hash": run.hash,
         "weights_sha256": loaded.weights_sha256,
-        "protocol": protocol(run, model)
-        | {"weights": loaded.description.get("weights")},  # None: the source does not say
+        "protocol": protocol(run, model) | {"weights": _weights(loaded)},
     }
     (folder / "likelihood.json").unlink(missing_ok=True)  # written last: until then nothing is finished
     total, flow = (sum(p.numel() for p in part.parameters()) for part in (model, model.flow))
