@@ -114,7 +114,10 @@ def make_panels(names: Sequence[str], width: float = 5.2, height: float = 3.9, s
 
 
 def draw_series(axis: Any, points: Sequence[tuple[float, Any]], style: Mapping[str, Any], name: str | None) -> None:
-    """One line with its band of 95 % t intervals; points without an interval get no band."""
+    """One line with its band of 95 % t intervals; points of fewer than three seeds get none.
+
+    Two seeds have t = 12.7: their bands would cover every other line. The tables keep the interval.
+    """
     import seaborn
 
     x, summaries = zip(*points)
@@ -131,8 +134,9 @@ def draw_series(axis: Any, points: Sequence[tuple[float, Any]], style: Mapping[s
         markeredgewidth=0,
         **style,
     )
-    low = [summary.mean if summary.low is None else summary.low for summary in summaries]
-    high = [summary.mean if summary.high is None else summary.high for summary in summaries]
+    banded = [summary.low is not None and summary.n > 2 for summary in summaries]
+    low = [summary.low if band else summary.mean for summary, band in zip(summaries, banded)]
+    high = [summary.high if band else summary.mean for summary, band in zip(summaries, banded)]
     axis.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
 
 
