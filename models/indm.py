@@ -6,7 +6,7 @@ no second code path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -15,25 +15,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.base import Loss, Model, Phase
+from models.base import Loss, Phase
 from models.flows import Identity, calls
-from models.integrators import MAX_STEP, ProbeKind, dormand_prince, flow_field, hutchinson_probes, state_scale
+from models.latent_likelihood import LatentLikelihood, squares
 from models.noise import Generator, StepRandom, normal
 from models.options import NonNegative, Positive
 from models.samplers import SAMPLERS
 from models.score.adapter import NetworkScore, Preconditioning, noise_function
 from models.sde import LinearSDE, expand
-from models.time_sampling import DRAWS, PROPOSALS, choose, soft_truncation
-from models.variational import negative_elbo, rademacher_probes
+from models.time_sampling import PROPOSALS, soft_truncation
 
 ProposalName = Literal["importance", "uniform", "debiased"]
 
 
-def _squares(values: Tensor) -> Tensor:
-    return values.flatten(1).square().sum(1)
-
-
-class INDM(Model):
+class INDM(LatentLikelihood):
     """flow + SDE + score. ``score(z, t) -> grad log p_t(z)`` may be a network or an exact, analytic score.
 
     ``setting``: "nll" trains score and flow on the bound in one phase; "fid" trains the flow on the bound and then
@@ -76,6 +71,7 @@ class INDM(Model):
         self.setting, self.scale, self.time_sampling = setting, scale, time_sampling
         self.shape = tuple(shape or ())
         self.nfe: float | None = None
+        self.prior_mean: Tensor | None = None  # of a sample's shape, for samplers with the option data_mean
 
     @classmethod
     def from_options(
@@ -124,7 +120,8 @@ class INDM(Model):
         else:
             z, log_det = calls.encode(self.flow, z, generator)
         if self.scale != 1:
-            log_det = log_det - x[0].numel() * torch.tensor(self.scale, dtype=torch.float64).log().to(log_det)
+            log_scale = torch.tensor(self.scale, dtype=torch.float64).log().to(log_det.dtype)
+            log_det = log_det - x[0].numel() * log_scale.to(log_det.device, non_blocking=True)
         return z, log_det
 
     def latent(self, x: Tensor, generator: Generator = None) -> Tensor:
@@ -156,7 +153,7 @@ class INDM(Model):
         score_loss = self.likelihood_weighted_loss if weighted else self.variance_weighted_loss
         phases = [Phase("joint", groups, self.bound_loss)] if joint else [Phase("score", {"score": score}, score_loss)]
         if flow and not joint:
-            phases.insert(0, Phase("flow", {"flow": flow}, self.bound_loss))
+            phases.insert(0, Phase("flow", {"flow": flow}, self.flow_loss))
         if not self.pretrain:
             return phases
         linear_loss = partial(self.bound_loss if joint else score_loss, bypass=True)
@@ -179,13 +176,24 @@ class INDM(Model):
         t, weight = PROPOSALS[name](self.sde, self._uniforms(random, x.dtype))
         noise = random.normal("noise", x.shape[1:], dtype=x.dtype)
         dims = x[0].numel()
-        error = _squares(self.noise(self.perturb(z0, t, noise), t) - noise)
+        error = squares(self.noise(self.perturb(z0, t, noise), t) - noise)
         terms = {
             "score": (weight * error).mean() / dims,
             "flow": -log_det.mean() / dims,
             "prior": self.sde.prior_cross_entropy(z0).mean() / dims,
         }
         return terms["score"] + terms["flow"] + terms["prior"], {k: v.detach() for k, v in terms.items()}
+
+    def flow_loss(self, x: Tensor, random: StepRandom) -> Loss:
+        """The bound for the flow alone: the score's weights, which this phase leaves as they are, get no gradient."""
+        weights = [p for p in self.score.parameters() if p.requires_grad]
+        for weight in weights:
+            weight.requires_grad_(False)
+        try:
+            return self.bound_loss(x, random)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
 
     def variance_weighted_loss(self, x: Tensor, random: StepRandom, bypass: bool = False) -> Loss:
         """|noise_hat - noise|^2 / (2D) with latents detached, the FID setting's score step: the law's weights dropped.
@@ -213,144 +221,7 @@ class INDM(Model):
             bounds["t_min"] = soft_truncation(float(u), self.sde.eps, self.soft_truncation)
         t, weight = PROPOSALS[name](self.sde, self._uniforms(random, x.dtype), **bounds)
         noise = random.normal("score noise", x.shape[1:], dtype=x.dtype)
-        return _squares(self.noise(self.perturb(z0, t, noise), t) - noise), weight
-
-    # Likelihood ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def nelbo_parts(
-        self,
-        x: Tensor,
-        times: int = 1,
-        generator: Generator = None,
-        proposal: Literal["importance", "uniform", "debiased"] = "importance",
-        draws: Literal["stratified", "independent"] = "stratified",
-        control_variate: bool = True,
-    ) -> dict[str, Tensor]:
-        """Parts of the bound, nats (B,): prior, diffusion, reconstruction (the residual at eps), flow.
-
-        ``times`` noise levels an image, from ``proposal`` (models.time_sampling), an image's spread evenly with one
-        random shift or independent. ``control_variate``: subtract w (|noise|^2 - D), whose mean is known to be zero
-        at every noise level, with w what N(0, I) latents would make optimal. No option changes the expectation; the
-        defaults have the lowest variance for their cost (reports/estimators). ValueError for an unknown option.
-        """
-        draw = choose(DRAWS, "draws", draws)
-        z0, log_det = self.encode(x, generator)
-        dims = x[0].numel()
-        low, high = self.sde.log_ratio_range(x)
-        integral = high - low  # = Z / 2
-        uniforms = draw(len(x), times, generator, x.device, x.dtype)
-        total = x.new_zeros(len(x))
-        for k in range(times):
-            noise = normal(x.shape, generator, x.device, x.dtype)
-            ratio, error, control = self.integrand(z0, uniforms[:, k], noise, proposal)
-            if control_variate:
-                error = error - control
-            # the integrand's constant, -D, leaves draws uniform in lambda (ratio = 1) as they are
-            total += ratio * error - (ratio - 1) * dims
-        drift = self.sde.log_alpha(1.0) - self.sde.log_alpha(self.sde.eps)
-        _, residual = self._truncate(z0, generator)
-        return {
-            "prior": self.sde.prior_cross_entropy(z0),
-            "diffusion": integral * (total / times - dims) - dims * drift,
-            "reconstruction": residual,
-            "flow": -log_det,
-        }
-
-    def integrand(
-        self, z0: Tensor, u: Tensor, noise: Tensor, proposal: str = "importance"
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(ratio, error, control), each (B,), of one draw of the diffusion integral at latents z0 (B, *shape).
-
-        The time is ``proposal``'s at uniforms ``u`` (B,) and ratio its weight over lambda(1) - lambda(eps), so that
-        the mean of ratio (error - D) is the mean of |noise_hat - noise|^2 - D over lambda; nats, before that span.
-        ``control`` has mean zero over ``noise``. ValueError for an unknown proposal.
-        """
-        t, weight = choose(PROPOSALS, "proposal", proposal)(self.sde, u)
-        low, high = self.sde.log_ratio_range(u)
-        alpha, sigma = self.sde.marginal(t)
-        error = _squares(self.noise(self.perturb(z0, t, noise), t) - noise)
-        share = (alpha.square() / (alpha.square() + sigma.square())).square()
-        return weight / (high - low), error, share * (_squares(noise) - z0[0].numel())
-
-    def _truncate(self, z0: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """(z_eps, residual (B,) nats): -log p(z_0) <= -log p(z_eps) + residual in expectation, one and the same draw.
-
-        With the decoder N((z + sigma^2 score) / alpha, sigma^2 / alpha^2) at eps (Song et al. 2021, arXiv 2101.09258):
-        1/2 (|n - n_hat|^2 - D) - D log alpha. Here 1/2 (|n|^2 - D), whose mean is zero, is left out: n_hat is small
-        at eps, so that this was nearly all of the residual's variance, sqrt(D / 2) nats an image.
-        """
-        t = torch.full((len(z0),), self.sde.eps, dtype=z0.dtype, device=z0.device)
-        noise = normal(z0.shape, generator, z0.device, z0.dtype)
-        z_eps = self.perturb(z0, t, noise)
-        predicted = self.noise(z_eps, t)
-        residual = (predicted * (0.5 * predicted - noise)).flatten(1).sum(1)
-        return z_eps, residual - z0[0].numel() * self.sde.log_alpha(self.sde.eps)
-
-    @torch.no_grad()
-    def nll_parts(
-        self,
-        x: Tensor,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
-        probes: int | Literal["exact"] = 1,
-        corrected: bool = True,
-        generator: Generator = None,
-        probe_kind: ProbeKind = "rademacher",
-    ) -> dict[str, Tensor]:
-        """Parts of the ODE's negative log-likelihood, nats (B,): prior, ode, reconstruction, flow; and nfe (B,).
-
-        ``corrected``: start at z_eps and add the residual ("after correction"); otherwise start at the clean z_0 at
-        time eps, as score_sde does ("before correction"). ``probes``: Hutchinson probes of ``probe_kind`` a
-        trajectory, or "exact".
-        """
-        z0, log_det = self.encode(x, generator)
-        dims = x[0].numel()
-        if probes == "exact":
-            vectors = probes
-        else:
-            vectors = hutchinson_probes(probes, x.shape, generator, x.device, x.dtype, probe_kind)
-        start, residual = self._truncate(z0, generator) if corrected else (z0, torch.zeros_like(log_det))
-        low, high = self.sde.log_ratio_range(torch.zeros(1, dtype=x.dtype, device=x.device))
-        ends = torch.tensor([self.sde.eps, 1.0], dtype=torch.float64)
-        scales = state_scale(self.sde, ends)[0]
-
-        def field_for(rows: Tensor):
-            return flow_field(self.noise, self.sde, vectors if isinstance(vectors, str) else vectors[:, rows])
-
-        u, divergence, nfe = dormand_prince(
-            field_for,
-            start / scales[0].to(x),
-            low.expand(len(x)),
-            high.expand(len(x)),
-            rtol,
-            atol,
-            max_step=MAX_STEP,
-        )
-        # the state was divided by s(t): its log-determinant is dims (log s(1) - log s(eps))
-        stretch = dims * float(scales[1].log() - scales[0].log())
-        return {
-            "prior": -self.sde.prior_log_prob(u * scales[1].to(x)),
-            "ode": -divergence - stretch,
-            "reconstruction": residual,
-            "flow": -log_det,
-            "nfe": nfe,
-        }
-
-    @torch.no_grad()
-    def member_parts(
-        self, x: Tensor, weight: float, steps: int = 200, generator: Generator = None, probes: int | None = None
-    ) -> dict[str, Tensor]:
-        """Parts of the bound of one member of the plug-in family, nats (B,): diffusion, reconstruction, flow.
-
-        models.variational.negative_elbo, prior included, behind the flow: weight 0 is the reverse SDE, 1 the ODE, whose
-        "bound" is its likelihood, that of :meth:`nll_parts`. ``probes`` of the divergence, or None for the exact one.
-        """
-        z0, log_det = self.encode(x, generator)
-        vectors = None if probes is None else rademacher_probes(probes, z0, generator)
-        z_eps, residual = self._truncate(z0, generator)
-        bound = negative_elbo(self.noise, self.sde, z_eps, weight, steps, generator, vectors)
-        return {"diffusion": bound, "reconstruction": residual, "flow": -log_det}
+        return squares(self.noise(self.perturb(z0, t, noise), t) - noise), weight
 
     # Sampling ------------------------------------------------------------------------------------------------------
 
@@ -364,13 +235,23 @@ class INDM(Model):
         end: float | None = None,
         **options: Any,
     ) -> Tensor:
-        """n samples (n, *shape). ``self.nfe`` then holds the network evaluations a sample cost."""
+        """n samples (n, *shape). ``self.nfe`` then holds the network evaluations a sample cost.
+
+        With the samplers' option ``data_mean`` the prior's draws are moved by ``self.prior_mean``: see
+        :func:`mean_latent`. ValueError where that is missing.
+        """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler = {sampler!r}: accepted are {', '.join(SAMPLERS)}")
         if not self.shape:
             raise ValueError("shape: missing; accepted: INDM(..., shape=(C, H, W)), the shape of one sample")
         like = next(self.parameters(), torch.zeros(()))
         z = self.sde.sample_prior((n, *self.shape), generator, like.device, like.dtype)
+        if options.get("data_mean"):
+            if self.prior_mean is None:
+                raise ValueError(
+                    "data_mean = True: prior_mean is missing; accepted: model.prior_mean = mean_latent(...)"
+                )
+            z, options = z + self.prior_mean.to(z), options | {"data_mean": False}
         z0, self.nfe = SAMPLERS[sampler](
             self.noise, self.sde, z, steps, generator, self.sde.eps if end is None else end, **options
         )
@@ -394,3 +275,20 @@ class INDM(Model):
             path.append(calls.decode(flow, z) * self.scale)
             earlier = t
         return torch.stack(path)
+
+
+@torch.no_grad()
+def mean_latent(model: INDM, batches: Iterable[tuple[Tensor, Generator]]) -> Tensor:
+    """E[z_1] = alpha(1) E[h(x)] over batches x (B, *shape), of shape (*shape): the official code's data_mean.
+
+    ``model`` is in evaluation mode. With each batch comes the source of a global latent's draws, or None. ValueError
+    without any sample.
+    """
+    total, count = 0.0, 0
+    for x, generator in batches:
+        total, count = total + model.latent(x, generator).double().sum(0), count + len(x)
+    if not count:
+        raise ValueError("batches: no sample; accepted: one or more batches (B, *shape)")
+    # the official code pushes VP latents to t = 1 with noise, whose mean over all of them is zero
+    alpha = model.sde.marginal(torch.ones((), dtype=torch.float64))[0]
+    return (float(alpha) * total / count).to(next(model.parameters(), torch.zeros(())).dtype)

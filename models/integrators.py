@@ -17,30 +17,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from models.adams import Adams
+from models.adaptive import Field, integrate
+from models.adaptive import IntegrationError as IntegrationError
 from models.noise import Generator, normal, rademacher
+from models.runge_kutta import DORMAND_PRINCE
 from models.sde import LinearSDE, expand
 
-Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # In lambda the probability-flow field is flat at both ends; a longer step could pass over all that happens between.
 MAX_STEP = 6.0
+ADAMS_MAX_STEP = 2.0
+Solver = Literal["dopri5", "adams"]
 ProbeKind = Literal["rademacher", "gaussian", "orthogonal"]
-
-# Dormand and Prince 1980, RK5(4)7M: nodes, stages, and the difference of the fifth- and fourth-order weights
-_NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-_STAGES = (
-    (),
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-_ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-
-
-class IntegrationError(RuntimeError):
-    """The adaptive solver could not reach the end within its evaluations, or met a non-finite value."""
 
 
 def state_scale(sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +58,58 @@ def flow_field(noise: Callable[[Tensor, Tensor], Tensor], sde: LinearSDE, probes
         return b_wide * (output.detach() - b_wide * u), b * (trace - b * u[0].numel())
 
     return field
+
+
+class GaussianFrame:
+    """The probability-flow ODE as seen from data N(mean, std^2 I), in which such data stand still.
+
+    With y = z / alpha and r = sigma / alpha, every linear SDE's ODE is dy = noise dr. With r = std sinh(tau) and
+    v = (y - mean) / sqrt(std^2 + r^2) it reads dv / dtau = noise - tanh(tau) v, which is zero for the score of that
+    law, whose v is constant: what is solved is the difference from it. Below std, tau runs like r and not like log r:
+    little happens there to data of that width. ``mean``: a number or a tensor of a sample's shape.
+    """
+
+    def __init__(self, sde: LinearSDE, mean: Tensor | float = 0.0, std: float = 0.5):
+        self.sde, self.mean, self.std = sde, mean, std
+        times = torch.tensor([sde.eps, 1.0], dtype=torch.float64)
+        self._ratios = sde.log_ratio(times).exp()
+        self._alphas = sde.marginal(times)[0]
+        self._widths = torch.hypot(self._ratios, torch.tensor(std, dtype=torch.float64))
+
+    def ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """tau (B,) at times eps and 1."""
+        low, high = torch.asinh(self._ratios / self.std).to(like)
+        return low.expand(len(like)), high.expand(len(like))
+
+    def enter(self, z: Tensor, end: int) -> Tensor:
+        """v from z (B, ...) at time eps (``end`` 0) or 1."""
+        return (z / self._alphas[end].to(z) - self.mean) / self._widths[end].to(z)
+
+    def leave(self, v: Tensor, end: int) -> Tensor:
+        """z (B, ...) from v at time eps (``end`` 0) or 1."""
+        return self._alphas[end].to(v) * (self.mean + self._widths[end].to(v) * v)
+
+    def stretch(self, dims: int) -> float:
+        """log|det| that the change of z to v leaves out of the integral from eps to 1, nats."""
+        scale = (self._alphas * self._widths).log()
+        return dims * float(scale[1] - scale[0])
+
+    def field(self, noise: Callable[[Tensor, Tensor], Tensor], probes: Tensor | str | None = None) -> Field:
+        """field(tau (B,), v (B, ...)) -> (dv, divergence (B,)); ``probes`` as in :func:`flow_field`."""
+
+        def field(tau: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            ratio, width, pull = self.std * tau.sinh(), self.std * tau.cosh(), tau.tanh()
+            t = self.sde.time(ratio.log())
+            alpha, width, wide = expand(self.sde.marginal(t)[0], v), expand(width, v), expand(pull, v)
+            if probes is None:
+                return noise(alpha * (self.mean + width * v), t) - wide * v, v.new_zeros(len(v))
+            with torch.enable_grad():
+                leaf = v.detach().requires_grad_()
+                output = noise(alpha * (self.mean + width * leaf), t)
+                trace = exact_trace(output, leaf) if isinstance(probes, str) else probed_trace(output, leaf, probes)
+            return output.detach() - wide * v, trace - pull * v[0].numel()
+
+        return field
 
 
 def probed_trace(output: Tensor, leaf: Tensor, probes: Tensor) -> Tensor:
@@ -114,6 +154,54 @@ def hutchinson_probes(
     return math.sqrt(dims) * torch.cat(blocks, 2).permute(2, 0, 1).reshape(count, *shape)
 
 
+def likelihood_path(
+    noise: Callable[[Tensor, Tensor], Tensor],
+    sde: LinearSDE,
+    z: Tensor,
+    probes: Tensor | str,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    solver: Solver = "dopri5",
+    reference: tuple[Tensor | float, float] = (0.0, 0.5),
+    fixed_shape: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The probability-flow ODE from z (B, ...) at eps: (z_1, log|det dz_1/dz| (B,) nats, network evaluations (B,)).
+
+    ``solver``: "dopri5", the pair of Dormand and Prince in lambda, or "adams", the multistep method of models.adams in
+    the :class:`GaussianFrame` of the ``reference`` (mean, std), by default one for data in [-1, 1]. ValueError
+    otherwise.
+    """
+    whole = isinstance(probes, str)
+    if solver == "adams":
+        mean, std = reference
+        frame = GaussianFrame(sde, mean.to(z) if isinstance(mean, Tensor) else mean, std)
+
+        def adams_field(rows: Tensor) -> Field:
+            return frame.field(noise, probes if whole else probes[:, rows])
+
+        limits = {"max_step": ADAMS_MAX_STEP, "fixed_shape": fixed_shape}
+        v, divergence, nfe = integrate(Adams(), adams_field, frame.enter(z, 0), *frame.ends(z), rtol, atol, **limits)
+        return frame.leave(v, 1), divergence + frame.stretch(z[0].numel()), nfe
+    if solver != "dopri5":
+        raise ValueError(f"solver = {solver!r}: accepted are dopri5, adams")
+    low, high = sde.log_ratio_range(torch.zeros(1, dtype=z.dtype, device=z.device))
+    ends = torch.tensor([sde.eps, 1.0], dtype=torch.float64)
+    scales = state_scale(sde, ends)[0]
+    u, divergence, nfe = dormand_prince(
+        lambda rows: flow_field(noise, sde, probes if whole else probes[:, rows]),
+        z / scales[0].to(z),
+        low.expand(len(z)),
+        high.expand(len(z)),
+        rtol,
+        atol,
+        max_step=MAX_STEP,
+        fixed_shape=fixed_shape,
+    )
+    # the state was divided by s(t): its log-determinant is dims (log s(1) - log s(eps))
+    stretch = z[0].numel() * float(scales[1].log() - scales[0].log())
+    return u * scales[1].to(z), divergence + stretch, nfe
+
+
 def dormand_prince(
     field_for: Callable[[Tensor], Field],
     u: Tensor,
@@ -123,66 +211,12 @@ def dormand_prince(
     atol: float = 1e-5,
     max_nfe: int = 10_000,
     max_step: float = math.inf,
+    fixed_shape: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Integrate every sample from ``start`` (B,) to ``end`` (B,) with its own adaptive step.
+    """Integrate every sample from ``start`` (B,) to ``end`` (B,) by the pair of Dormand and Prince, with its own steps.
 
-    ``field_for(rows)`` gives the field of the samples ``rows`` (their probes travel with them). Returns
-    (u at the end (B, ...), integral of the divergence (B,), network evaluations (B,)). A sample that is done leaves
-    the batch. The divergence is under error control too, at ``atol`` nats a dimension. ``max_step``: no step is longer;
-    an error estimate sees nothing of what lies between the stages of a step.
+    Returns (u at the end (B, ...), integral of the divergence (B,), network evaluations (B,)): see
+    :func:`models.adaptive.integrate`, also for the other arguments. Raises IntegrationError.
     """
-    total, dims = len(u), u[0].numel()
-    out_u, out_l, nfe = torch.empty_like(u), u.new_zeros(total), torch.zeros(total, dtype=torch.long, device=u.device)
-    rows = torch.arange(total, device=u.device)
-    position, span = start.clone(), end - start
-    remaining = torch.ones_like(start)
-    fraction = torch.full_like(start, 0.02)  # step as a share of the whole span
-    log_det = u.new_zeros(total)
-    field = field_for(rows)
-    slope = field(position, u)
-    used = 1
-    while len(rows):
-        if used + 6 > max_nfe:
-            raise IntegrationError(f"{len(rows)} of {total} trajectories unfinished after {used} evaluations")
-        step_fraction = torch.minimum(torch.minimum(fraction, max_step / span.abs()), remaining)
-        h = step_fraction * span
-        ks, ls = [slope[0]], [slope[1]]
-        for node, weights in zip(_NODES[1:], _STAGES[1:], strict=True):
-            stage = u + expand(h, u) * _combine(weights, ks)
-            k, divergence = field(position + node * h, stage)
-            ks.append(k)
-            ls.append(divergence)
-        used += 6
-        # the last stage sits at the fifth-order solution, so its slope opens the next step
-        l_new = log_det + h * _combine(_STAGES[-1], ls)
-        error_u = (expand(h, u) * _combine(_ERROR, ks)) / (atol + rtol * torch.maximum(u.abs(), stage.abs()))
-        error_l = h * _combine(_ERROR, ls) / (atol * dims + rtol * torch.maximum(log_det.abs(), l_new.abs()))
-        error = torch.maximum(error_u.flatten(1).square().mean(1).sqrt(), error_l.abs())
-        if not bool(torch.isfinite(error).all()):
-            bad = rows[~torch.isfinite(error)].tolist()
-            raise IntegrationError(f"non-finite value in the ODE for samples {bad[:8]} after {used} evaluations")
-        accept = error <= 1
-        wide = expand(accept, u)
-        u = torch.where(wide, stage, u)
-        log_det = torch.where(accept, l_new, log_det)
-        position = torch.where(accept, position + h, position)
-        remaining = torch.where(accept, remaining - step_fraction, remaining)
-        slope = torch.where(wide, ks[-1], ks[0]), torch.where(accept, ls[-1], ls[0])
-        fraction = step_fraction * (0.9 * error.clamp_min(1e-10) ** -0.2).clamp(0.2, 5.0)
-        done = remaining <= 1e-7
-        if bool(done.any()):
-            out_u[rows[done]], out_l[rows[done]], nfe[rows[done]] = u[done], log_det[done], used
-            keep = ~done
-            rows, u, log_det, position = rows[keep], u[keep], log_det[keep], position[keep]
-            span, remaining, fraction = span[keep], remaining[keep], fraction[keep]
-            slope = slope[0][keep], slope[1][keep]
-            field = field_for(rows)
-    return out_u, out_l, nfe
-
-
-def _combine(weights, values: list[Tensor]) -> Tensor:
-    total = None
-    for weight, value in zip(weights, values, strict=False):
-        if weight:
-            total = weight * value if total is None else torch.add(total, value, alpha=weight)
-    return total
+    limits = {"max_nfe": max_nfe, "max_step": max_step, "fixed_shape": fixed_shape}
+    return integrate(DORMAND_PRINCE, field_for, u, start, end, rtol, atol, **limits)

@@ -79,14 +79,20 @@ class IndexedGenerator:
 class BatchGenerator:
     """A torch generator that draws for a training step's global batch, of which this process keeps its rows."""
 
-    def __init__(self, source: torch.Generator, batch_size: int, rows: tuple[int, int]):
+    def __init__(
+        self, source: torch.Generator, batch_size: int, rows: tuple[int, int], host: torch.Generator | None = None
+    ):
         self.source, self.batch_size, self.rows = source, batch_size, rows
+        self.host = host or source
         self.device = source.device
 
-    def own(self, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        """This process's rows of ``draw(batch_size, source)`` (batch_size, ...)."""
+    def own(self, draw: Callable[[int, torch.Generator], Tensor], on_host: bool = False) -> Tensor:
+        """This process's rows of ``draw(batch_size, source)`` (batch_size, ...).
+
+        ``on_host``: drawn by ``host`` instead, a generator of the CPU, for what decides how much work there is.
+        """
         first, count = self.rows
-        return draw(self.batch_size, self.source)[first : first + count]
+        return draw(self.batch_size, self.host if on_host else self.source)[first : first + count]
 
 
 Generator = torch.Generator | IndexedGenerator | BatchGenerator | None
@@ -149,7 +155,10 @@ class StepRandom:
 
     def whole(self, purpose: str) -> BatchGenerator:
         """A stream of draws for the global batch from one torch generator; each process keeps its rows of each."""
-        return BatchGenerator(self.generator(purpose), self.batch_size, self.rows)
+        source = self.generator(purpose)
+        # a number that the host must know would make it wait for any other device
+        host = None if source.device.type == "cpu" else self.generator(f"{purpose} on the host", "cpu")
+        return BatchGenerator(source, self.batch_size, self.rows, host)
 
     def stratified(self, purpose: str, dtype=None) -> Tensor:
         """Uniforms (count,) that cover [0, 1) evenly over the global batch: one random shift of a regular grid."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.base import Model, NotDefined
 from models.chain import Kernel, backward_path, chain_bound
-from models.integrators import Field, dormand_prince, exact_trace, hutchinson_probes, probed_trace
+from models.integrators import Field, Solver, dormand_prince, exact_trace, hutchinson_probes, probed_trace
 from models.noise import Generator, normal
 
 
@@ -148,11 +148,15 @@ class NonlinearDiffusion(Model):
         probes: int | Literal["exact"] = 1,
         corrected: bool = True,
         generator: Generator = None,
+        solver: Solver = "dopri5",
     ) -> dict[str, Tensor]:
         """Parts of the probability-flow ODE's negative log-likelihood, nats (B,), and nfe (B,).
 
         The chain starts at the data itself, so that there is no truncation and ``corrected`` changes nothing.
+        ``solver``: NotDefined for "adams", whose variable is a linear diffusion's.
         """
+        if solver != "dopri5":
+            raise NotDefined(f"not defined: the solver {solver} is made for linear diffusions, and this one is learned")
         vectors = probes if probes == "exact" else hutchinson_probes(probes, x.shape, generator, x.device, x.dtype)
 
         def field_for(rows: Tensor) -> Field:

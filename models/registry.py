@@ -15,13 +15,14 @@ from typing import Any
 
 from models.base import Model
 from models.flows import GlobalLatentFlow, Glow, Identity, ResidualFlow
+from models.score.ddpm_unet import DDPMUNet
 from models.score.mlp import ScoreMLP
 from models.score.ncsnpp import NCSNpp
 from models.sde import VESDE, VPSDE, SubVPSDE
 
 COMPONENTS: dict[str, dict[str, type]] = {
     "sde": {"vp": VPSDE, "subvp": SubVPSDE, "ve": VESDE},
-    "score": {"ncsnpp": NCSNpp, "mlp": ScoreMLP},
+    "score": {"ncsnpp": NCSNpp, "ddpm_unet": DDPMUNet, "mlp": ScoreMLP},
     # a learned forward drift is a network of the same kind
     "drift": {"ncsnpp": NCSNpp, "mlp": ScoreMLP},
     "flow": {"identity": Identity, "residual": ResidualFlow, "residual_global": GlobalLatentFlow, "glow": Glow},

@@ -78,7 +78,7 @@ class LinearSDE(ABC):
     def log_ratio_range(self, like: Tensor, t_min: float | None = None) -> tuple[Tensor, Tensor]:
         """(lambda(t_min), lambda(1)) as scalars of ``like``'s dtype and device; t_min defaults to eps."""
         ends = torch.tensor([self.eps if t_min is None else t_min, 1.0], dtype=torch.float64)
-        low, high = self.log_ratio(ends).to(like)
+        low, high = self.log_ratio(ends).to(like.dtype).to(like.device, non_blocking=True)
         return low, high
 
     def log_alpha(self, t: float) -> float:

@@ -10,10 +10,13 @@ from flow_problems import DOUBLE, IMAGE, SHAPES, VECTOR, make, points, strong
 from pydantic import create_model
 from torch import Tensor
 
+import models
 from models.flows import FlowInverseError, Identity, ResidualFlow
 from models.flows.inverse import invert
 from models.flows.lipschitz import Chain
 from models.flows.log_det import columns
+from models.flows.narrow import is_narrow, narrow_convolution
+from models.noise import StepRandom
 
 # --- identity ---------------------------------------------------------------------------------------------------------
 
@@ -310,3 +313,37 @@ def test_refusals_name_key_value_and_what_is_accepted(config, message):
 def test_input_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"x: shape \[3, 4\] is not \(B, 2\)"):
         make(VECTOR)(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("outputs, bias", [(3, True), (1, False), (4, True)])
+def test_narrow_convolution_is_a_convolution(outputs, bias):
+    """Against PyTorch's own, with gradients and gradients of gradients; H and W differ."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 16, 18, dtype=DOUBLE).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(outputs, 7, 3, 3, dtype=DOUBLE).requires_grad_()
+    inputs = [x, weight] + [torch.randn(outputs, dtype=DOUBLE).requires_grad_()] * bias
+    assert is_narrow(weight, x) and not is_narrow(weight, x[..., :8]) and not is_narrow(weight.transpose(0, 1), x)
+    found = []
+    for convolution in (
+        lambda: narrow_convolution(weight, *inputs[:1], *inputs[2:]),
+        lambda: torch.nn.functional.conv2d(x, weight, *inputs[2:], padding=1),
+    ):
+        y = convolution()
+        once = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
+        found.append([y, *once, *torch.autograd.grad(sum(g.square().sum() for g in once), inputs)])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_flow_phase_spares_the_score():
+    """The FID setting's flow phase: the flow's gradient is the bound's, the score's weights get none and stay free."""
+    torch.manual_seed(0)
+    score, flow = {"name": "mlp", "width": 16, "depth": 1}, {"name": "residual", "blocks": 2, "hidden": 8}
+    model = models.build(
+        {"name": "indm", "shape": [2], "setting": "fid", "score": score, "flow": flow, "sde": {"name": "vp"}}
+    )
+    weights, x = list(model.flow.parameters()), torch.randn(16, 2)
+    phase = model.phases()[0]
+    phase.loss_fn(x, StepRandom(0, 0, 16))[0].backward()
+    assert all(p.grad is None and p.requires_grad for p in model.score.parameters())
+    expected = torch.autograd.grad(model.bound_loss(x, StepRandom(0, 0, 16))[0], weights)
+    assert phase.name == "flow" and all(torch.equal(p.grad, g) for p, g in zip(weights, expected, strict=True))

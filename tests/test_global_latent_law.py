@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.train import Ema
+from bench.averages import Ema
 from models.flows import FlowInverseError, GlobalLatentFlow, latent_encoder
 from models.flows.latent_encoder import BatchNorm, processes_in_step
 from models.flows.latent_prior import Coupling, LatentPrior

@@ -101,8 +101,9 @@ def test_an_affine_flow_adds_its_log_determinant(name, data):
     log_det = DIMS * math.log(flow.scale)
     truth = gaussian_nll(data) - log_det
     model = gaussian_model(SDES[name](), flow=flow)
-    clean = model.nll(x, corrected=False, probes="exact", rtol=1e-7, atol=1e-7)
-    assert (clean - (exact_ode_nll(model.sde, data) - log_det)).abs().max() < 1e-4
+    for options in ({"rtol": 1e-7, "atol": 1e-7}, {"rtol": 1e-6, "atol": 1e-6, "solver": "adams"}):
+        clean = model.nll(x, corrected=False, probes="exact", **options)
+        assert (clean - (exact_ode_nll(model.sde, data) - log_det)).abs().max() < 1e-4
     mean, error = mean_and_error(model.nelbo(x, times=64, generator=source()) - truth)
     assert abs(mean - DIMS * prior_gap(model.sde)) < 3 * error + 1e-3 * DIMS
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from analytic import GaussianScore, gaussian_model
+from analytic import AffineFlow, GaussianScore, gaussian_model
 
+from models.indm import mean_latent
 from models.noise import IndexedGenerator
-from models.samplers import SAMPLERS, ddim, euler_maruyama, heun
+from models.samplers import SAMPLERS, ddim, euler_maruyama, heun, published_ode, published_pc
 from models.score.adapter import noise_function
 from models.sde import VESDE, VPSDE, SubVPSDE
 
@@ -28,7 +29,7 @@ def test_samples_have_the_data_law(sde, name):
     x = model.sample(n, steps=150, sampler=name, generator=torch.Generator().manual_seed(0), end=1e-3)
     assert abs(float(x.mean()) - MEAN) < 5 * STD / math.sqrt(2 * n) + 0.012
     # discretisation error at 150 steps: the next tests pin it down exactly
-    tolerance = {"predictor_corrector": 0.06, "euler_maruyama": 0.05}.get(name, 0.03)
+    tolerance = {"predictor_corrector": 0.06, "published_pc": 0.06, "euler_maruyama": 0.05}.get(name, 0.03)
     assert float(x.std()) == pytest.approx(STD, rel=tolerance)
 
 
@@ -90,9 +91,10 @@ def test_evaluations_are_counted(name, steps, nfe):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_each_sample_depends_on_its_index_alone(name):
     model = gaussian_model(VESDE(), dims=2)
+    options = {"convention": "exact"} if name == "published_pc" else {}  # as published it averages over the batch
 
     def draw(index):
-        return model.sample(len(index), steps=9, sampler=name, generator=IndexedGenerator(0, "s", index))
+        return model.sample(len(index), steps=9, sampler=name, generator=IndexedGenerator(0, "s", index), **options)
 
     whole = draw(torch.arange(8))
     parts = torch.cat([draw(torch.arange(3)), draw(torch.arange(3, 8))])
@@ -120,3 +122,79 @@ def test_ancestral_sampling_is_exact_for_a_known_point():
 def test_unknown_sampler_is_refused_by_name():
     with pytest.raises(ValueError, match="sampler = 'leapfrog': accepted are euler_maruyama"):
         gaussian_model(VPSDE(), dims=2).sample(2, sampler="leapfrog")
+
+
+# The samplers of INDM's official code ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_published_ve_sampler_follows_its_table(late):
+    """The code's recursion, written with its table sigma_i = smin (smax / smin)^(i / (N - 1)): adjacent differences."""
+    sde, steps, snr = VESDE(), 5, 0.16
+    score = GaussianScore(sde, MEAN, STD)
+    table = 0.01 * 5000 ** torch.linspace(0, 1, steps, dtype=torch.float64)
+    z = 50 * torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {"end": 1e-9, "snr": snr, "late_denoising": late}
+    found, nfe = published_pc(noise_of(sde), sde, z, steps, torch.Generator().manual_seed(1), **options)
+    source = torch.Generator().manual_seed(1)
+
+    def normal():
+        return torch.randn(6, 3, generator=source, dtype=torch.float64)
+
+    def at(x, i):
+        return score(x, torch.full((6,), i / (steps - 1), dtype=torch.float64))
+
+    for i in reversed(range(steps)):
+        if late and not i:
+            # g(0)^2 / 2, g^2 = 2 sigma^2 ln(smax / smin): 8.52e-4 for the published CIFAR-10 network
+            z = z + 8.5172e-4 * at(z, 0)
+            break
+        gradient, draw = at(z, i), normal()
+        step = 2 * (snr * draw.norm(dim=1).mean() / gradient.norm(dim=1).mean()) ** 2
+        z = z + step * gradient + (2 * step).sqrt() * draw
+        removed = table[i] ** 2 - (table[i - 1] ** 2 if i else 0)
+        z = z + removed * at(z, i)
+        z = z + removed.sqrt() * normal() if i else z
+    assert torch.allclose(found, z, rtol=1e-6, atol=1e-6)
+    assert nfe == (2 * steps - 1 if late else 2 * steps)
+
+
+def test_the_published_vp_sampler_denoises_by_its_own_formula():
+    """From the exact ODE's end, known in closed form, z + g^2 eps score; and latents times the temperature."""
+    sde, end = VPSDE(), 1e-3
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    found, _ = published_ode(noise_of(sde), sde, z, end=end, rtol=1e-9, atol=1e-9, temperature=1.05)
+    one, last = torch.ones(9, dtype=torch.float64), torch.full((9,), end, dtype=torch.float64)
+    (a1, s1), (a0, s0) = sde.marginal(one), sde.marginal(last)
+    std_1, std_0 = ((a1 * STD) ** 2 + s1**2).sqrt(), ((a0 * STD) ** 2 + s0**2).sqrt()
+    z_end = (a0 * MEAN)[:, None] + (std_0 / std_1)[:, None] * (z - (a1 * MEAN)[:, None])
+    beta = 0.1 + 19.9 * end
+    expected = 1.05 * (z_end + beta * end * GaussianScore(sde, MEAN, STD)(z_end, last))
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE()])
+def test_the_mean_latent_moves_the_prior(sde):
+    flow = AffineFlow()
+    model = gaussian_model(sde, dims=2, flow=flow)
+    x = torch.randn(10, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = mean_latent(model, [(part, None) for part in x.split(4)])
+    expected = sde.marginal(torch.ones(()).double())[0] * (1.7 * x - 0.4).mean(0)
+    assert torch.allclose(mean.double(), expected, atol=1e-6)
+
+    def sampled(**options):
+        return model.sample(5, 4, "published_pc", torch.Generator().manual_seed(1), convention="exact", **options)
+
+    with pytest.raises(ValueError, match="data_mean = True: prior_mean is missing"):
+        sampled(data_mean=True)
+    plain = sampled()
+    model.prior_mean = torch.tensor([3.0, -1.0])
+    assert torch.equal(sampled(), plain)
+    moved = sampled(data_mean=True)
+    draws, seen = sde.sample_prior, []
+    sde.sample_prior = lambda *args, **options: seen.append(draws(*args, **options)) or seen[0] + model.prior_mean
+    assert torch.equal(sampled(), moved) and not torch.equal(moved, plain)
+    with pytest.raises(ValueError, match="no sample; accepted: one or more"):
+        mean_latent(model, [])
+    with pytest.raises(ValueError, match="this model's prior has no mean to move"):
+        published_ode(noise_of(sde), sde, x, data_mean=True)

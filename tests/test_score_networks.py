@@ -340,3 +340,30 @@ def test_options_that_cannot_work_are_refused_in_one_line(options, words):
     assert "\n" not in message and "accepted" in message
     for word in words:
         assert word in message
+
+
+@image_names
+def test_wide_images_are_only_rounded_differently(name):
+    """From 16x16 pixels a CPU's network has another layout and constant factors in its weights, nothing else."""
+    net = visible(getattr(NCSNpp, name)((2, 16, 16), **TINY | {"attn_resolutions": (8,)})).double()
+    weights = [p for p in net.parameters() if p.requires_grad]
+    z, condition = (value.double() for value in inputs(net))
+    found = []
+    for wide in (True, False):
+        for module in net.modules():
+            if hasattr(module, "wide"):
+                assert module.wide or not wide
+                module.wide = wide
+        output = net(z, condition)
+        found.append([output, *torch.autograd.grad(output.square().sum(), weights)])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_unscaled_dropout_needs_its_gain():
+    x = torch.ones(8, 16, 32, 32).contiguous(memory_format=torch.channels_last)
+    dropout = Dropout(0.1).train()
+    y = dropout.unscaled(x)
+    assert set(y.unique().tolist()) == {0.0, 1.0} and y.is_contiguous(memory_format=torch.channels_last)
+    mean = y.mean() * dropout.gain
+    assert abs(mean - 1) < 5 * math.sqrt(0.1 / 0.9 / x.numel())
+    assert dropout.eval().gain == 1 and dropout.unscaled(x) is x

@@ -6,8 +6,19 @@ from torch import Tensor
 from models.flows.errors import FlowInverseError
 from models.flows.lipschitz import TWO_PI, Chain
 
+# Iterations between two looks of the host at a batch that keeps its shape.
+LOOK_EVERY = 8
 
-def invert(chain: Chain, goal: Tensor, tolerance: float, max_iterations: int, number: int, bound: float) -> Tensor:
+
+def invert(
+    chain: Chain,
+    goal: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    number: int,
+    bound: float,
+    fixed_shape: bool | None = None,
+) -> Tensor:
     """Solve a + g(a) = goal, (B, ...) in the angle coordinate, for block `number`, counted from the data side.
 
     The fixed point a <- f(a) = goal - g(a) with Anderson's acceleration of depth one (Walker & Ni 2011,
@@ -17,8 +28,13 @@ def invert(chain: Chain, goal: Tensor, tolerance: float, max_iterations: int, nu
     iteration. Each sample has its own steps, and leaves the work when it is done: its largest residual is at most
     `tolerance` * (1 + max|x|).
 
+    `fixed_shape`: samples that are done stay, and the host looks only now and then whether all are; by default so
+    except on a CPU, where a look costs nothing and a sample does.
+
     Raises FlowInverseError.
     """
+
+    frozen = goal.device.type != "cpu" if fixed_shape is None else fixed_shape
 
     def size(r: Tensor) -> Tensor:
         return r.abs().flatten(1).amax(1)
@@ -32,6 +48,7 @@ def invert(chain: Chain, goal: Tensor, tolerance: float, max_iterations: int, nu
     column = (-1,) + (1,) * (goal.ndim - 1)
     a, best_size = goal, goal.new_full((len(goal),), torch.inf)
     best_f = best_r = torch.zeros_like(goal)
+    waiting = torch.ones(len(goal), dtype=torch.bool, device=goal.device)
     for iteration in range(max_iterations):
         f = goal - chain.value(a)
         r = f - a
@@ -50,11 +67,20 @@ def invert(chain: Chain, goal: Tensor, tolerance: float, max_iterations: int, nu
             following, best_f, best_r, best_size = f, f, r, r_size
         going = r_size > tolerance * (TWO_PI + size(a))
         a = following
-        if not going.all():
+        if frozen:
+            solution = torch.where((waiting & ~going).reshape(column), a, solution)
+            waiting = waiting & going
+            if iteration % LOOK_EVERY == LOOK_EVERY - 1 and not waiting.any():
+                return solution
+        elif not going.all():
             solution[left[~going]] = a[~going]
             left, a, goal, best_f, best_r, best_size = (t[going] for t in (left, a, goal, best_f, best_r, best_size))
             if len(left) == 0:
                 return solution
+    if frozen:
+        left, best_size = waiting.nonzero().flatten(), best_size[waiting]
+        if len(left) == 0:
+            return solution
     residual = best_size.max().item() / TWO_PI
     raise FlowInverseError(
         f"inverse of residual block {number}: {len(left)} of {len(solution)} samples not converged after "

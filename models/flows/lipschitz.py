@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.flows.narrow import is_narrow, narrow_convolution
+
 TWO_PI = 2 * math.pi
 
 
@@ -49,6 +51,8 @@ def linear(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.ndim == 5:
         return linear(weight, x.flatten(0, 1), bias).unflatten(0, x.shape[:2])
+    if is_narrow(weight, x):
+        return narrow_convolution(weight, x, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
@@ -115,8 +119,12 @@ class Jacobian:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """J v for tangents (B, ...) or (K, B, ...), in the same shape."""
-        for weight, slope in zip(self.weights, self.slopes, strict=True):
-            v = linear(weight, v if slope is None else v * slope)
+        recorded = torch.is_grad_enabled()
+        for index, (weight, slope) in enumerate(zip(self.weights, self.slopes, strict=True)):
+            if slope is not None:
+                # what a layer has just put out may be overwritten, unless a graph remembers it
+                v = v.mul_(slope) if index and not recorded and v.dtype == slope.dtype else v * slope
+            v = linear(weight, v)
         return v
 
     def detach(self) -> "Jacobian":

@@ -47,7 +47,7 @@ class Roulette:
         distribution, while the work of a call, which is the number of terms in all, hardly varies.
         """
         if isinstance(generator, BatchGenerator):
-            return generator.own(lambda size, source: self.draw(size, groups, source))
+            return generator.own(lambda size, source: self.draw(size, groups, source), on_host=True)
         groups = min(count, groups)
         if isinstance(generator, IndexedGenerator):  # each sample's own, whatever batch it is in
             uniform, groups = generator.uniform((count,), dtype=torch.float64).cpu().clamp_min(1e-12), count
@@ -109,10 +109,10 @@ def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulett
     # the batch, since a convolution of a size not met before costs more to set up than to run.
     # The sort is stable: where no sample draws a random term, the order is that of the Jacobian, which stays as it is.
     order = torch.argsort(depth, descending=True, stable=True)
-    lengths = depth[order].to(probe.device)
+    lengths = depth[order].to(probe.device, non_blocking=True)
     step = max(1, len(probe) // 8)
     alive = [-(-n // step) * step for n in torch.bincount(depth).flip(0).cumsum(0).flip(0)[1:].tolist()]
-    order = order.to(probe.device)
+    order = order.to(probe.device, non_blocking=True)
     with torch.no_grad():
         frozen, start = jacobian.detach(), probe[order]
         if alive:
@@ -133,8 +133,8 @@ def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulett
                 weight = weight.reshape(-1, *(1,) * (power.ndim - 1))
             neumann[:count] += weight * power
             # What is left is at most |power| rho / (1 - rho) in the mean. Below rounding there is nothing to add, and
-            # on a CPU denormal numbers cost many times the arithmetic. Not at each k: the test makes a GPU wait.
-            if k % 4 == 0 and power.abs().amax() < 0.01 * torch.finfo(start.dtype).eps:
+            # on a CPU denormal numbers cost many times the arithmetic. Elsewhere the test would make the host wait.
+            if k % 4 == 0 and power.device.type == "cpu" and power.abs().amax() < 0.01 * torch.finfo(start.dtype).eps:
                 break
         back = torch.argsort(order)
         value, neumann = value[back], neumann[back]

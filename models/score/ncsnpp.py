@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.options import Count, NonNegative, Positive
 from models.score.layers import (
+    WIDE_PIXELS,
     AttentionBlock,
     FourierEmbedding,
     PositionalEmbedding,
@@ -143,13 +144,14 @@ class NCSNpp(ModelMixin, ConfigMixin):
         self.time_input = "sigma" if fourier else "time999"
         self.output = "score_times_sigma" if fourier else "noise"
         self.centered = centered
+        self.wide = shape[1] * shape[2] >= WIDE_PIXELS
         rescale = 1 / math.sqrt(2) if skip_rescale else 1.0
         width = 4 * nf
         channels = [nf * multiple for multiple in ch_mult]
 
         def block(inputs: int, outputs: int, resample: str = "none") -> ResidualBlock:
             try:
-                return ResidualBlock(inputs, outputs, width, dropout, init_scale, resample, fir, rescale)
+                return ResidualBlock(inputs, outputs, width, dropout, init_scale, resample, fir, rescale, self.wide)
             except ValueError as error:
                 examples = f"for example 16, 32, 64 or 128; with ch_mult = {list(ch_mult)}, {error}"
                 raise ValueError(f"nf = {nf}: accepted {examples}") from None
@@ -209,6 +211,8 @@ class NCSNpp(ModelMixin, ConfigMixin):
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         if not self.centered:
             z = 2 * z - 1
+        if self.wide and z.device.type == "cpu":
+            z = z.contiguous(memory_format=torch.channels_last)
         # Every block takes the embedding through SiLU first, so it is applied once here.
         embedding = F.silu(self.condition(self.encode(condition)))
         h, pyramid = self.stem(z), z
