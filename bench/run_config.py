@@ -20,9 +20,11 @@ from bench.settings import (
     LEARNING_RATES,
     POINT_QUALITY,
     EvaluateConfig,
+    Name,
     SamplerConfig,
     TrainConfig,
 )
+from bench.untrusted import bounded_modules, check_parameters
 
 # (shape, train, test) of the data sets whose size is a constant; None: endless, or known only once the files are read
 FACTS: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
@@ -35,7 +37,19 @@ FACTS: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
     "cifar10-jpeg": ((3, 32, 32), None, None),
 }
 # settings of the evaluation that the learning curve uses, and so the training
-CURVE_SETTINGS = ("batch_size", "features", "probes")
+CURVE_SETTINGS = ("batch_size", "features", "likelihood_batch_size", "probes")
+# options that came after results had been made, with the values that those results had: left out of a configuration's
+# files and hashes while they have them, so that a new option makes no result stale. Keys are dotted; * is any one key
+# or place of a list. The value is the option's own default, wherever that stands.
+QUIET_DEFAULTS: dict[str, Any] = {
+    "evaluate.likelihood_batch_size": None,
+    "evaluate.solver": "dopri5",
+    "train.compile": False,
+    "train.ema_rates": {},
+    "train.memory_format": "contiguous",
+    "train.raw_groups": [],
+    "train.tf32": False,
+}
 # folder of the feature classifiers, beside those of the variants
 FEATURES = "features"
 # what a sampler is given by the model; its other parameters are options
@@ -45,10 +59,10 @@ SAMPLER_ARGUMENTS = ("noise", "sde", "z", "steps", "generator")
 class RunConfig(Schema):
     """One run with every default filled in. ``model`` is ready for ``models.build`` once ``shape`` is added."""
 
-    suite: str
-    variant: str
+    suite: Name
+    variant: Name
     dataset: str
-    seed: int
+    seed: Annotated[int, Field(ge=0)]
     model: dict
     train: TrainConfig
     evaluate: EvaluateConfig
@@ -67,8 +81,8 @@ class RunConfig(Schema):
         return features_file(self.suite, self.dataset)
 
     def resolved(self) -> dict[str, Any]:
-        """Plain data of the whole configuration, as written to `config.yaml`."""
-        return self.model_dump(mode="json")
+        """Plain data of the configuration, complete but for QUIET_DEFAULTS, as written to `config.yaml`."""
+        return without_quiet(self.model_dump(mode="json"))
 
     @cached_property
     def hash(self) -> str:
@@ -80,7 +94,7 @@ class RunConfig(Schema):
         """As ``hash`` without the evaluation's settings: checkpoints stay good when only those change."""
         content = self.resolved()
         measured = content.pop("evaluate")
-        return _digest(content | {"curve": {key: measured[key] for key in CURVE_SETTINGS}})
+        return _digest(content | {"curve": {key: measured[key] for key in CURVE_SETTINGS if key in measured}})
 
     def check_data(self, shape: Sequence[int], train: int | None = None, test: int | None = None) -> None:
         """Refuse settings that do not fit the data; ``train`` and ``test`` are numbers of items, None for endless data.
@@ -120,6 +134,31 @@ class RunConfig(Schema):
             raise Invalid(("train", "curve_samples"), f" = {self.train.curve_samples}: {least}, or 0")
 
 
+def without_quiet(content: dict[str, Any], quiet: Mapping[str, Any] = QUIET_DEFAULTS) -> dict[str, Any]:
+    """A copy of plain ``content`` without the keys of ``quiet`` that have the value given there, type included."""
+    content = json.loads(json.dumps(content))
+    for key, default in quiet.items():
+        *places, last = key.split(".")
+        holders = [content]
+        for place in places:
+            holders = [value for holder in holders for value in _at(holder, place)]
+        for holder in holders:
+            if isinstance(holder, dict) and last in holder and _text(holder[last]) == _text(default):
+                del holder[last]
+    return content
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _at(holder: Any, place: str) -> list[Any]:
+    """The values of a mapping or list at ``place``, all of them where it is *."""
+    if place == "*":
+        return list(holder.values()) if isinstance(holder, dict) else holder if isinstance(holder, list) else []
+    return [holder[place]] if isinstance(holder, dict) and place in holder else []
+
+
 def runs_root() -> Path:
     """Folder of the runs' results: INDM_BENCH_RUNS, else `runs` under the current folder."""
     return Path(os.environ.get("INDM_BENCH_RUNS") or "runs")
@@ -146,6 +185,10 @@ def resolve_run(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> Run
     for group in train.learning_rates:
         if group not in LEARNING_RATES:
             raise Invalid(("train", "learning_rates", group), f": unknown key; {accepted(LEARNING_RATES)}")
+    for key in ("ema_rates", "raw_groups"):
+        for group in getattr(train, key):
+            if group not in LEARNING_RATES:
+                raise Invalid(("train", key), f": {show(group)}: unknown group; {accepted(LEARNING_RATES)}")
     # a suite's defaults speak of every group, whether or not a variant has parameters of that kind
     train = train.model_copy(update={"learning_rates": LEARNING_RATES | train.learning_rates})
     names = [entry.get("name") for entry in evaluate.samplers]
@@ -181,10 +224,10 @@ def _build_problem(model: str) -> str | None:
     import models
 
     try:
-        with torch.device("meta"):
-            models.build(json.loads(model))
-    except ValueError as error:
-        return " ".join(str(error).split())
+        with torch.device("meta"), bounded_modules():
+            check_parameters(models.build(json.loads(model)))
+    except (ValueError, TypeError, ArithmeticError, IndexError, RuntimeError) as error:
+        return " ".join(str(error).split())[:300] or type(error).__name__
     return None
 
 

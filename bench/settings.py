@@ -34,6 +34,12 @@ class TrainConfig(Schema):
     weights' moving average; ``clip`` the norm of each group's gradient (null: no clipping). The learning curve has
     ``curve`` points, evenly spaced in log(images), each measured on ``curve_images`` test images and ``curve_samples``
     samples (0: no sample quality) drawn with ``curve_steps`` steps. ``checkpoint_every`` counts steps.
+
+    ``ema_rates``: decays of single parameter groups, in place of ``ema``. ``raw_groups``: parameter groups that are
+    measured, and saved as the run's weights, as the last step left them, not averaged; the official INDM does so with
+    the flow. ``mixed_precision`` "bf16": networks in bfloat16; losses, log-determinants, weights and their averages
+    stay float32, and so does everything that is measured. ``tf32``: float32 products of the training on a GPU keep 10
+    bits of mantissa. ``memory_format`` of weights and images. ``compile``: networks through torch.compile.
     """
 
     batch_size: Count
@@ -52,6 +58,16 @@ class TrainConfig(Schema):
     curve_steps: Count = 32
     checkpoint_every: Count = 1000
     horizontal_flip: bool = False
+    ema_rates: dict[str, Decay] = Field(default_factory=dict)
+    raw_groups: list[str] = Field(default_factory=list)
+    tf32: bool = False
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    compile: bool = False
+
+    @property
+    def measured_weights(self) -> str:
+        """Which weights are saved and measured, for the tables: "ema", or for example "ema, raw flow"."""
+        return ", ".join(["ema", *(f"raw {group}" for group in sorted(self.raw_groups))])
 
 
 class SamplerConfig(Schema):
@@ -68,9 +84,11 @@ class EvaluateConfig(Schema):
     """What is measured on a trained run.
 
     ``images``: test images used (null: all). NELBO: ``nelbo_repeats`` independent estimates of ``nelbo_times`` time
-    draws an image. NLL: tolerances of the ODE solver, ``probes`` of the divergence ("exact" or a number of Hutchinson
-    probes). ``samplers``: rows of the robustness table, each with ``samples`` samples judged by ``quality``. Images are
-    compared through ``features``: a classifier trained on the run's own data set, or Inception. ``studies``: further
+    draws an image. NLL: the ODE ``solver`` (models.integrators.likelihood_path) and its tolerances, ``probes`` of
+    the divergence ("exact" or a number of Hutchinson probes). ``samplers``: rows of the robustness table, each with
+    ``samples`` samples judged by ``quality``. Images are compared through ``features``: a classifier trained on the
+    run's own data set, or Inception. ``batch_size``: images that a GPU handles at once; ``likelihood_batch_size``
+    (null: as many) of those whose likelihood is computed, which takes the memory of gradients. ``studies``: further
     measurements by name, each with its own settings (see :mod:`bench.studies`).
     """
 
@@ -80,9 +98,11 @@ class EvaluateConfig(Schema):
     rtol: Positive = 1e-5
     atol: Positive = 1e-5
     probes: Literal["exact"] | Count = "exact"
+    solver: Literal["dopri5", "adams"] = "dopri5"
     samplers: list[dict] = Field(default_factory=list)
     samples: Count = 1024
     quality: list[Metric] = Field(default_factory=list)
     features: Literal["classifier", "inception"] | None = None
     batch_size: Count = 256
+    likelihood_batch_size: Count | None = None
     studies: dict[str, dict | None] = Field(default_factory=dict)

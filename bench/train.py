@@ -10,6 +10,7 @@ import copy
 import math
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import models
+from bench import seals, stopping
+from bench.acceleration import LAYOUTS, check_compiler, compile_networks, float32, restore_layout
+from bench.allocator import keep_freed_memory
+from bench.averages import Ema
 from bench.checkpoint import (
     RAW_WEIGHTS,
     checkpoint_root,
     exclusive,
+    exclusive_results,
     file_hash,
     load_checkpoint,
     load_optimizer_tensors,
@@ -33,13 +39,16 @@ from bench.checkpoint import (
     sweep,
 )
 from bench.config import RunConfig, TrainConfig, check_buildable
-from bench.data import Dataset, dequantise, load
-from bench.errors import InputError
+from bench.data import Dataset, load
+from bench.errors import InputError, RunFailure
 from bench.files import write_json
-from bench.finished import is_trained
+from bench.finished import evaluated_with, is_trained
+from bench.optimizers import build_optimizers, learning_rate
 from bench.progress import Bar
 from bench.provenance import training_code
+from bench.sharding import join, on_main, session
 from bench.step_costs import StepCosts, step_costs
+from bench.training_data import Batches
 from models.base import Model
 from models.noise import StepRandom, derive_seed
 
@@ -47,8 +56,10 @@ from models.noise import StepRandom, derive_seed
 COST_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunFailure):
     """The loss stopped being finite; the message names the step and the terms."""
+
+    shared = True
 
 
 class _Step(nn.Module):
@@ -61,68 +72,6 @@ class _Step(nn.Module):
 
     def forward(self, phase: int, x: Tensor, random: StepRandom):
         return self.phase_losses[phase](x, random)
-
-
-class Ema:
-    """Exponential moving average of a model's parameters, decay min(d, (1 + n) / (10 + n)); buffers are copied."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.updates = decay, 0
-        self._own, self._live = list(self.model.parameters()), list(model.parameters())
-        self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._own, self._live, 1 - decay)
-        for own, live in self._buffers:
-            own.copy_(live)
-
-
-class Batches:
-    """Batch k of a data set as a function of (seed, k): no loader state to lose."""
-
-    def __init__(self, data: Dataset, config: TrainConfig, seed: int, device: torch.device):
-        self.data, self.config, self.seed, self.device = data, config, seed, device
-        self.images = data.train.to(device)
-        self._epoch, self._order = -1, None
-
-    def _rows(self, position: int) -> Tensor:
-        size, batch = len(self.images), self.config.batch_size
-        rows = []
-        while batch:
-            epoch, offset = divmod(position, size)
-            if epoch != self._epoch:
-                source = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-                self._epoch, self._order = epoch, torch.randperm(size, generator=source)
-            take = min(batch, size - offset)
-            rows.append(self._order[offset : offset + take])
-            position, batch = position + take, batch - take
-        return torch.cat(rows)
-
-    def __call__(self, step: int, random: StepRandom) -> Tensor:
-        """x (count, *shape) of this process's rows of the global batch of ``step``."""
-        first, count = random.rows
-        if self.data.draw is not None:
-            # drawn on the CPU, so that every device trains on the same points
-            x = self.data.draw(self.config.batch_size, random.generator("data", "cpu"))
-            return x[first : first + count].to(self.device)
-        rows = self._rows(step * self.config.batch_size)[first : first + count].to(self.device)
-        images = self.images[rows]
-        if self.config.horizontal_flip:
-            flip = random.uniform("flip") < 0.5
-            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return dequantise(images, random.uniform("dequantisation", images.shape[1:]), self.data.levels)
-
-
-def learning_rate(config: TrainConfig, base: float, step: int) -> float:
-    """Linear warm-up over ``warmup`` steps, then constant or a cosine to zero; a function of images seen alone."""
-    rate = base * min(1.0, (step + 1) / max(config.warmup, 1))
-    if config.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    return rate
 
 
 def curve_steps(config: TrainConfig) -> list[int]:
@@ -146,6 +95,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, progress: bool = True):
         self.run, self.config, self.progress = run, run.train, progress
+        keep_freed_memory()
         # a process trains several runs one after the other; their precisions may differ
         AcceleratorState._reset_state()
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
@@ -160,26 +110,23 @@ class Trainer:
         if size % processes:
             raise InputError(f"train.batch_size = {size}: must be divisible by the number of processes, {processes}")
         self.rows = (rank * (size // processes), size // processes)
-        self.data = load(run.dataset)
-        run.check_data(self.data.shape, None if self.data.draw else len(self.data.train), len(self.data.test))
-        check_buildable(run.model, self.data.shape)
-        check_features(run)
-        self.batches = Batches(self.data, self.config, run.seed, self.device)
-        self.model = build_model(run, self.data).to(self.device)
-        self.ema = Ema(self.model, self.config.ema)
-        self.phases = self.model.phases()
-        groups = {name: params for phase in self.phases for name, params in phase.parameters.items()}
-        self.groups = {name: params for name, params in groups.items() if params}
-        self.optimizers = {
-            name: torch.optim.AdamW(
-                params,
-                lr=self.config.learning_rates[name],
-                betas=tuple(self.config.betas),
-                weight_decay=self.config.weight_decay,
-                fused=True,
-            )
-            for name, params in self.groups.items()
-        }
+        if self.config.compile:
+            check_compiler(run.model["name"], self.device)
+        with session():  # what one process cannot do ends all of them
+            self.data = load(run.dataset)
+            run.check_data(self.data.shape, None if self.data.draw else len(self.data.train), len(self.data.test))
+            check_buildable(run.model, self.data.shape)
+            check_features(run)
+            self.batches = Batches(self.data, self.config, run.seed, self.device)
+            model = build_model(run, self.data)
+            self.model = model.to(self.device, memory_format=LAYOUTS[self.config.memory_format])
+            self.phases = self.model.phases()
+            groups = {name: params for phase in self.phases for name, params in phase.parameters.items()}
+            self.groups = {name: params for name, params in groups.items() if params}
+            self.ema = Ema(self.model, self.config.ema, self.groups, self.config.ema_rates, self.config.raw_groups)
+            if self.config.compile:
+                compile_networks(self.model)
+            self.optimizers = build_optimizers(self.config, self.groups)
         self.step_module = self.accelerator.prepare(_Step(self.model))
         prepared = [self.accelerator.prepare(optimizer) for optimizer in self.optimizers.values()]
         self.prepared = dict(zip(self.optimizers, prepared, strict=True))
@@ -214,6 +161,7 @@ class Trainer:
             module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
         for name, optimizer in self.optimizers.items():
             load_optimizer_tensors(optimizer, tensors, f"optimizer.{name}")
+            restore_layout(optimizer)
         self.step, self.seconds, self.curve = meta["step"], meta["seconds"], meta["curve"]
         self.ema.updates, self.running = meta["ema_updates"], meta["running"]
         return True
@@ -247,26 +195,33 @@ class Trainer:
         self.step += 1
         return result
 
-    def check(self, terms: dict[str, Tensor]) -> float:
-        """The global batch's loss; raises TrainingDiverged, before any checkpoint, if a term is not finite."""
+    def check(self, terms: dict[str, Tensor]) -> tuple[float, bool]:
+        """The global batch's loss, and whether a process was asked to stop.
+
+        Raises TrainingDiverged, before any checkpoint, if a term is not finite.
+        """
         # terms are means over rows, of which each process has as many; all processes stop, or none
-        values = self.accelerator.reduce(torch.stack([v.float() for v in terms.values()]), reduction="mean").tolist()
+        loss = terms["loss"]
+        asked = torch.tensor(float(stopping.requested() is not None)).to(loss.device, non_blocking=True)
+        values = torch.stack([*(v.float() for v in terms.values()), asked])
+        *values, asked = self.accelerator.reduce(values, reduction="mean").tolist()
         if not all(map(math.isfinite, values)):
             shown = ", ".join(f"{name} = {value:.4g}" for name, value in zip(terms, values, strict=True))
             raise TrainingDiverged(f"loss or gradient is not finite at step {self.step}: {shown}")
-        return values[list(terms).index("loss")]
+        return values[list(terms).index("loss")], asked > 0
 
     def measure(self, train_loss: float) -> None:
         """Add a row to the learning curve, measured with the averaged weights."""
         from bench.evaluate import curve_point
 
-        point = curve_point(self.ema.model, self.run, self.data, self.device)
+        with float32(tf32=False):
+            point = curve_point(self.ema.model, self.run, self.data, self.device)
         images = self.step * self.config.batch_size
         row = {"step": self.step, "images": images, "seconds": self.seconds, "train_loss": train_loss}
         self.curve.append(row | point)
 
     def train(self) -> None:
-        """From where the run stands to its last step."""
+        """From where the run stands to its last step, or to a checkpoint and Stopped where an end is asked for."""
         config = self.config
         points = {*curve_steps(config), *self.model.milestones(config.steps)}
         # reading the loss costs a synchronisation, which only a GPU notices
@@ -279,21 +234,32 @@ class Trainer:
             mininterval=0.5,
             desc=f"{self.run.variant}/{self.run.dataset}/{self.run.seed}",
         )
+        alone = self.accelerator.num_processes == 1
         self.model.train()
         started = time.perf_counter()
         while self.step < config.steps:
             terms = self.train_step()
             boundary = self.step in points or self.step % config.checkpoint_every == 0
-            if boundary or self.step % check_every == 0:
-                self.running = [*self.running, self.check(terms)][-100:]
-                bar.set_postfix(loss=f"{self.running[-1]:.4f}", refresh=False)
+            regular = boundary or self.step % check_every == 0
+            # one process may stop at any step, several where they meet
+            stop = not regular and alone and stopping.requested() is not None
+            if regular or stop:
+                loss, asked = self.check(terms)
+                stop = stop or asked
+            if regular:
+                self.running = [*self.running, loss][-100:]
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
-            if boundary:
+            if boundary or stop:
                 self.seconds += time.perf_counter() - started
                 if self.step in points:
                     self.measure(sum(self.running) / len(self.running))
-                self.save()
+                with session():
+                    self.save()
                 started = time.perf_counter()
+            if stop and self.step < config.steps:
+                bar.close()
+                raise stopping.Stopped(stopping.requested() or "another process was asked to stop")
         bar.close()
 
 
@@ -303,29 +269,43 @@ def train(run: RunConfig, progress: bool = True) -> None:
     Finished work is left as it is. A killed run continues from its last checkpoint. Raises TrainingDiverged (and
     leaves failure.json beside the results) when the loss stops being finite.
     """
+    join()
     failure = run.folder / "failure.json"
-    if is_trained(run):
-        failure.unlink(missing_ok=True)  # of another configuration that was tried here
-        return
+    with session():
+        if on_main(lambda: is_trained(run)):
+            failure.unlink(missing_ok=True)  # of another configuration that was tried here
+            return
     trainer = Trainer(run, progress)
-    with exclusive(trainer.folder, trainer.accelerator.is_main_process):
+    main = trainer.accelerator.is_main_process
+    with ExitStack() as held:
+        with session():
+            held.enter_context(exclusive(trainer.folder, main))
+            held.enter_context(exclusive_results(run.folder, main))
+            if on_main(lambda: is_trained(run)):
+                return  # by another command, since this one looked
+            trainer.resume()
+            step = on_main(lambda: trainer.step)
+            if step != trainer.step:
+                raise InputError(
+                    f"{trainer.folder}: read at step {trainer.step} by one process and at {step} by another; "
+                    "accepted: a file system that all processes share"
+                )
         _train(trainer, failure)
 
 
 def _train(trainer: Trainer, failure: Path) -> None:
     run = trainer.run
-    trainer.resume()
     try:
-        trainer.train()
+        with float32(run.train.tf32):
+            trainer.train()
     except TrainingDiverged as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
         write_json(failure, {"status": f"diverged: {error}", "step": trainer.step, "config_hash": run.training_hash})
         raise
     failure.unlink(missing_ok=True)
     cost = costs_of_step(trainer)  # by every process: a loss may gather from the others
-    if trainer.accelerator.is_main_process:
-        _write_results(trainer, run.folder, cost)
-    trainer.accelerator.wait_for_everyone()
+    with session():
+        on_main(lambda: _write_results(trainer, run.folder, cost))
 
 
 def check_features(run: RunConfig) -> None:
@@ -342,8 +322,7 @@ def _write_results(trainer: Trainer, folder: Path, cost: StepCosts) -> None:
     from bench.provenance import record
 
     # from here to the last line the folder holds no finished run, whatever was in it before
-    for finished in ("provenance.json", "likelihood.json"):
-        (folder / finished).unlink(missing_ok=True)
+    seals.begin(folder, seals.TRAIN)
     write_text_atomic(folder / "config.yaml", dump_config(trainer.run))
     write_text_atomic(folder / "learning_curve.csv", pd.DataFrame(trainer.curve).to_csv(index=False))
     # the weights of the last step too: what a published evaluation paired them with can then be measured
@@ -359,7 +338,11 @@ def _write_results(trainer: Trainer, folder: Path, cost: StepCosts) -> None:
         "images_seen": trainer.step * trainer.config.batch_size,
         "steps": trainer.step,
     }
-    write_json(folder / "provenance.json", record(trainer.device) | costs)
+    # an evaluation of these very weights stays: only a damaged file was made again
+    if not evaluated_with(trainer.run, costs["weights_sha256"]):
+        seals.begin(folder, seals.EVALUATE)
+    weights = [f"weights/{name}" for name in (RAW_WEIGHTS, "model.safetensors")]
+    seals.publish(folder, seals.TRAIN, [*seals.TRAINED_FILES, *weights], record(trainer.device) | costs)
 
 
 def parameter_counts(model: Model) -> dict[str, int]:

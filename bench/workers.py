@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.errors import InputError
+from bench import stopping
+from bench.errors import InputError, RunFailure
 
 # what a stage's runs import, so that the server does it once for all
 PRELOAD = {
@@ -29,16 +31,25 @@ PRELOAD = {
     "evaluate": ["models.registry", "bench.evaluate", "bench.pictures", "bench.features", "bench.fidelity", "pandas"],
 }
 LOG_TAIL = 4000
+# how often a request to stop is looked for while the workers have nothing to say
+POLL_SECONDS = 0.25
+# how long workers that were asked to stop may take to write their checkpoints
+GRACE_SECONDS = 60.0
 
 
 @dataclass
 class Cell:
-    """One run of a stage: what came of it, and how far it is."""
+    """One run of a stage: what came of it, and how far it is.
+
+    ``shared``: all processes that work on the run know of the error.
+    """
 
     label: str
     run: Any
     error: str | None = None
     bad_input: bool = False
+    stopped: bool = False
+    shared: bool = False
     log: str = ""
     fraction: float = 0.0
     process: Any = field(default=None, repr=False)
@@ -107,38 +118,75 @@ def _roots() -> dict[str, str]:
 
 
 def run_here(stage: str, cells: Sequence[Cell]) -> None:
-    """Run the cells one after the other in this process."""
+    """Run the cells one after the other in this process; those not done when an end is asked for are ``stopped``.
+
+    Of several processes that share each run, one that fails alone begins no further cell: its launcher ends them all.
+    """
     import torch
+
+    from bench import sharding
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     work = stage_function(stage)
+    sharding.join()
+    broken = None
     for cell in cells:
+        if broken:
+            cell.error, cell.shared = f"not begun, since {broken} failed", True
+            continue
+        # the first of several processes decides for all whether to begin
+        if sharding.on_main(stopping.requested):
+            cell.stopped = True
+            continue
         try:
             work(cell.run)
+        except stopping.Stopped:
+            cell.stopped = True
         except InputError as error:
-            cell.error, cell.bad_input = one_line(error), True
+            cell.error, cell.bad_input, cell.shared = one_line(error), True, True
+        except RunFailure as error:
+            cell.error, cell.shared = one_line(error), error.shared  # that line says it all
+        except OSError as error:
+            cell.error = one_line(error)
         except Exception as error:  # noqa: BLE001 - whatever it was, the other cells go on
             cell.error, cell.log = one_line(error), traceback.format_exc()
+        if cell.error and not cell.shared and sharding.team().size > 1:
+            broken = cell.label  # the other processes may wait where this one will not come again
 
 
 def run_beside(stage: str, cells: Sequence[Cell], workers: int) -> None:
-    """Run the cells in ``workers`` processes at a time, under one progress line."""
+    """Run the cells in ``workers`` processes at a time, under one progress line.
+
+    When an end is asked for, the processes are told, and have GRACE_SECONDS for their checkpoints.
+    """
     start_server(stage)
     context = multiprocessing.get_context("forkserver")
-    waiting, working = list(cells), {}
+    waiting, working, told = list(cells), {}, None
     with tempfile.TemporaryDirectory() as folder, _bar(stage, len(cells)) as bar:
         try:
             while waiting or working:
+                if told is None and stopping.requested():
+                    told = time.monotonic()
+                    for cell, _ in working.values():
+                        cell.process.terminate()
+                if told is not None:
+                    for cell in waiting:
+                        cell.stopped = True
+                    waiting.clear()
+                    if time.monotonic() - told > GRACE_SECONDS:
+                        break
                 while waiting and len(working) < workers:
                     cell = waiting.pop(0)
                     ours, theirs = context.Pipe()
                     log = Path(folder) / f"{len(waiting)}.log"
-                    cell.process = context.Process(target=_work, args=(stage, cell.run, str(log), theirs, _roots()))
+                    cell.process = context.Process(
+                        target=_work, args=(stage, cell.run, str(log), theirs, _roots(), stopping.remaining())
+                    )
                     cell.process.start()
                     theirs.close()
                     working[ours] = (cell, log)
-                for channel in wait(list(working)):
+                for channel in wait(list(working), timeout=POLL_SECONDS):
                     cell, log = working[channel]
                     if not _receive(channel, cell):
                         _finish(cell, log)
@@ -147,7 +195,8 @@ def run_beside(stage: str, cells: Sequence[Cell], workers: int) -> None:
                 bar.update(sum(cell.fraction for cell in cells) - bar.n)
         finally:
             for cell, _ in working.values():
-                cell.process.terminate()
+                cell.process.kill()
+                cell.stopped = told is not None
 
 
 def _bar(stage: str, cells: int) -> tqdm:
@@ -160,13 +209,16 @@ def _receive(channel: Connection, cell: Cell) -> bool:
     try:
         kind, value = channel.recv()
     except (EOFError, OSError):
-        cell.error = cell.error or "the process ended without a word"
+        # a worker may be told to stop before it can receive it
+        cell.stopped = stopping.requested() is not None
+        cell.error = None if cell.stopped else "the process ended without a word"
         return False
     if kind == "progress":
         # evaluation and training alike end with work that no bar counts
         cell.fraction = min(max(cell.fraction, value), 0.99)
         return True
-    if kind != "done":
+    cell.stopped = kind == "stopped"
+    if kind in ("input", "failed"):
         cell.error, cell.bad_input = value, kind == "input"
     return False
 
@@ -182,8 +234,12 @@ def _finish(cell: Cell, log: Path) -> None:
             cell.log = log.read_text(errors="replace")[-LOG_TAIL:]
 
 
-def _work(stage: str, run: Any, log: str, channel: Connection, roots: dict[str, str]) -> None:
-    """A worker's whole life."""
+def _work(
+    stage: str, run: Any, log: str, channel: Connection, roots: dict[str, str], seconds: float | None = None
+) -> None:
+    """A worker's whole life; ``seconds`` are left of the command's budget of time."""
+    stopping.install(patient=True)
+    stopping.set_deadline(seconds)
     os.environ.update(roots)
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     sys.stdout.flush(), sys.stderr.flush()
@@ -198,8 +254,12 @@ def _work(stage: str, run: Any, log: str, channel: Connection, roots: dict[str, 
     report_to(lambda done, total: channel.send(("progress", done / total if total else 0.0)))
     try:
         stage_function(stage)(run)
+    except stopping.Stopped as error:
+        channel.send(("stopped", str(error)))
     except InputError as error:
         channel.send(("input", one_line(error)))
+    except (RunFailure, OSError) as error:
+        channel.send(("failed", one_line(error)))
     except Exception as error:  # noqa: BLE001 - told to the parent
         traceback.print_exc()
         sys.stderr.flush()

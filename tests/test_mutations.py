@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import tiny_run
 
-from bench import likelihood, train
+from bench import averages, likelihood, train
 from bench.studies import paths
 from bench.truth import component_rows, likelihood_rows
 from bench.truth.averages import average_rows, weighted_average
@@ -110,22 +110,21 @@ def average_not_applied(monkeypatch):
     @torch.no_grad()
     def update(self):
         self.updates += 1
-        for own, live in zip(self._own, self._live, strict=True):
-            own.copy_(live)
-        for own, live in self._buffers:
-            own.copy_(live)
+        for owns, lives in [*self._averaged.values(), *(([own], [live]) for own, live in self._copied)]:
+            torch._foreach_copy_(owns, lives)
 
-    monkeypatch.setattr(train.Ema, "update", update)
+    monkeypatch.setattr(averages.Ema, "update", update)
 
 
 def average_without_warm_up(monkeypatch):
     @torch.no_grad()
     def update(self):
-        torch._foreach_lerp_(self._own, self._live, 1 - self.decay)
-        for own, live in self._buffers:
+        for decay, (owns, lives) in self._averaged.items():
+            torch._foreach_lerp_(owns, lives, 1 - decay)
+        for own, live in self._copied:
             own.copy_(live)
 
-    monkeypatch.setattr(train.Ema, "update", update)
+    monkeypatch.setattr(averages.Ema, "update", update)
 
 
 def bound(sde, setting="identity flow"):

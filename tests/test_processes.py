@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.checkpoint import published
+from bench import stopping
+from bench.checkpoint import exclusive, published
 from bench.config import load_suite
 from bench.train import Trainer, train
 
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 VARIANTS = ("ddpmpp-vp", "indm-vp-nll", "sbp-fbsde")
 COMMAND, STOPPED, STOP, EVERY = "ddpmpp-vp", "sbp-fbsde", 17, 5
+ASKED = 7
 TOLERANCE = 1e-5
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DEADLINE = 120
 
 SHARED = [
@@ -73,8 +76,24 @@ def stop_at(trainer: Trainer, step: int) -> None:
         trainer.train()
 
 
-def launch(folder: Path, *command: str, **variables: str) -> None:
-    """Run a command that starts processes, its results under ``folder``; its output is shown where it fails."""
+def ask_one_at(trainer: Trainer, step: int) -> None:
+    """Train; the second process alone is asked to stop while ``step`` is done, and all stop with a checkpoint."""
+    whole_step = trainer.train_step
+
+    def asked():
+        if trainer.step == step and trainer.accelerator.process_index == 1:
+            stopping.request("SIGTERM")
+        return whole_step()
+
+    trainer.train_step = asked
+    said = "SIGTERM" if trainer.accelerator.process_index == 1 else "another process"
+    with pytest.raises(stopping.Stopped, match=said):
+        trainer.train()
+    stopping.restore()
+
+
+def launch(folder: Path, *command: str, expected: int = 0, **variables: str) -> str:
+    """What a command that starts processes says, its results under ``folder``; shown where its code is another."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("INDM_BENCH_")} | {
         "INDM_BENCH_RUNS": str(folder / "runs"),
         "INDM_BENCH_CHECKPOINTS": str(folder / "checkpoints"),
@@ -90,15 +109,16 @@ def launch(folder: Path, *command: str, **variables: str) -> None:
             code = f"still running after {DEADLINE} s: does one process wait for another?"
             process.terminate()  # torchrun then ends its workers, which have sessions of their own
             process.wait()
-    assert code == 0, f"{code}\n{(folder / 'log').read_text()}"
+    said = (folder / "log").read_text()
+    assert code == expected, f"{code}\n{said}"
+    return said
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Folder with what two processes leave: every variant's run in whole/, a broken one in stopped/."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch(folder, *torchrun, str(HERE / "processes_script.py"), str(folder))
+    launch(folder, *TORCHRUN, str(HERE / "processes_script.py"), str(folder))
     return folder
 
 
@@ -172,6 +192,48 @@ def test_a_run_stopped_on_two_processes_ends_the_same_on_one(one, two, monkeypat
     train(run, progress=False)
     assert_same_weights(one, two / "stopped", STOPPED)
     assert_same_curve(one, two / "stopped", STOPPED)
+
+
+# torchrun ends with 1 whatever its processes' code; it says theirs
+LOADED_ON_ONE = """
+import os, sys
+import bench.train
+from bench import cli
+from bench.errors import InputError
+load = bench.train.load
+def load_or_refuse(name):
+    if os.environ["RANK"] == sys.argv[1]:
+        raise InputError(f"{name}: not on this node; accepted: a data set that is there")
+    return load(name)
+bench.train.load = load_or_refuse
+sys.exit(cli.execute(sys.argv[2:]))
+"""
+
+
+def test_bad_input_in_one_process_ends_both_with_one_line(tmp_path):
+    (tmp_path / "script.py").write_text(LOADED_ON_ONE)
+    settings = [part for setting in SHARED for part in ("--set", setting)]
+    chosen = ["train", "toy2d", COMMAND, "--dataset", "checkerboard", *settings]
+    said = launch(tmp_path, *TORCHRUN, str(tmp_path / "script.py"), "1", *chosen, expected=1)
+    lines = [line for line in said.splitlines() if line.startswith("indm-bench: ")]
+    assert len(lines) == len(set(lines)) == len(load_suite("toy2d").runs(COMMAND, None, "checkerboard"))
+    assert all("checkerboard: not on this node; accepted: a data set that is there" in line for line in lines)
+    assert "exitcode  : 2" in said and 'train.py", line' not in said  # of the traceback of torchrun alone
+
+
+def test_a_run_that_is_taken_ends_both(tmp_path, monkeypatch):
+    use(monkeypatch, tmp_path)
+    settings = [part for setting in [*SHARED, *OWN[COMMAND]] for part in ("--set", setting)]
+    chosen = ["train", "toy2d", COMMAND, "--seed", "0", "--dataset", "checkerboard", *settings]
+    with exclusive(tmp_path / "checkpoints" / tiny_run(COMMAND).training_hash):  # found by the first process alone
+        said = launch(tmp_path, *TORCHRUN, "-m", "bench.cli", *chosen, expected=1)
+    (line,) = [line for line in said.splitlines() if line.startswith("indm-bench: ")]
+    assert "another process is training this run" in line and "exitcode  : 2" in said
+
+
+def test_one_process_that_is_asked_to_stop_stops_both_at_that_step(two):
+    checkpoints = two / "asked" / "checkpoints" / tiny_run(COMMAND).training_hash
+    assert int(published(checkpoints)[-1].name) == ASKED + 1
 
 
 # two nodes on one machine: what Slurm's commands do, as far as the script uses them

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from bench.averages import Ema
 from bench.checkpoint import exclusive, load_checkpoint, published
 from bench.config import load_suite
 from bench.data import load
 from bench.errors import InputError
-from bench.train import Batches, Ema, Trainer, TrainingDiverged, curve_steps, is_trained, learning_rate, train
+from bench.train import Batches, Trainer, TrainingDiverged, curve_steps, is_trained, learning_rate, train
 from models.noise import StepRandom
 
 TINY = [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from bench.averages import Ema
 from bench.truth.rows import Case, Row
 
 AVERAGES = "averaged weights"
@@ -27,9 +28,7 @@ def weighted_average(history: Sequence[Tensor], decay: float) -> Tensor:
 
 
 def average_rows(steps: int = 60) -> list[Row]:
-    """bench.train's Ema on weights that move in a known way; buffers are copied, the live weights left alone."""
-    from bench.train import Ema
-
+    """The training's Ema on weights that move in a known way; buffers are copied, the live weights left alone."""
     rows = []
     for decay in (0.5, 0.95):
         module = nn.BatchNorm1d(3)
