@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,30 @@ import torch
 from torch import Tensor
 
 import models
-from bench.checkpoint import file_hash
+from bench import seals, sharding, stopping
+from bench.acceleration import float32
+from bench.batches import FAILURES, Work
+from bench.checkpoint import exclusive_results
 from bench.config import RunConfig
-from bench.data import Dataset, load, quantise
+from bench.data import Dataset, dequantise, load, quantise
 from bench.distances import energy_distance, sliced_wasserstein
 from bench.errors import InputError
-from bench.files import atomic_path, write_json, write_text_atomic
+from bench.files import atomic_path, file_hash, write_text_atomic
 from bench.finished import is_evaluated, is_trained
 from bench.likelihood import (
-    FAILURES,
     Units,
     bound_kind,
     chain_steps,
+    expected_costs,
+    likelihood_batch,
     measure,
     nelbo_per_image,
     nll_per_image,
     test_points,
     total_nats,
 )
-from bench.sampling import draw
+from bench.pieces import Pieces
+from bench.sampling import draw, draw_samples, training_mean
 from bench.studies import Context, conduct
 from models.base import Model
 
@@ -52,6 +57,15 @@ ROBUSTNESS_COLUMNS = (
 )
 CURVE_TIMES = 16
 CURVE_TOLERANCE = 1e-3
+PICTURED = 64  # images of samples.png
+# network evaluations of samplers that take more or fewer than one a step, for a progress line
+EVALUATIONS = {
+    "predictor_corrector": lambda steps: 2 * steps,
+    "published_pc": lambda steps: 2 * steps,
+    "heun": lambda steps: 2 * steps,
+    "ode": lambda _: 60,
+    "published_ode": lambda _: 60,
+}
 
 
 def load_model(run: RunConfig, device: str | torch.device = "cpu") -> Model:
@@ -79,29 +93,37 @@ def quality(x: Tensor, run: RunConfig, data: Dataset, metrics: Sequence[str]) ->
     Points are compared with as many test points (sliced Wasserstein) or all of them (energy); images are turned into
     uint8 by :func:`bench.data.quantise` and compared with the training images, as FID is.
     """
-    if not bool(torch.isfinite(x).all()):
-        return {"status": f"{int((~torch.isfinite(x)).flatten(1).any(1).sum())} of {len(x)} samples not finite"}
+    finite = torch.isfinite(x).flatten(1).all(1)
+    return _quality(_as_data(x, data) if bool(finite.all()) else x, finite, run, data, metrics)
+
+
+def _as_data(x: Tensor, data: Dataset) -> Tensor:
+    return x if data.levels is None else quantise(x, data.levels)
+
+
+def _quality(x: Tensor, finite: Tensor, run: RunConfig, data: Dataset, metrics: Sequence[str]) -> dict[str, Any]:
+    """As :func:`quality` of points or uint8 images. All processes call it, and all get the result."""
+    if not bool(finite.all()):
+        return {"status": f"{int((~finite).sum())} of {len(x)} samples not finite"}
     if not metrics:
         return {"status": "ok"}
     if data.levels is None:
-        measured: dict[str, Any] = {"status": "ok"}
-        if "sliced_wasserstein" in metrics:
-            measured["sliced_wasserstein"] = sliced_wasserstein(x, data.test[: len(x)])
-        if "energy" in metrics:
-            measured["energy"] = energy_distance(x, data.test)
-        return measured
+        return sharding.on_main(lambda: _point_quality(x, data, metrics))
     from bench.fidelity import image_quality
 
-    measured = image_quality(
-        quantise(x, data.levels),
-        data.train,
-        extractor_name(run),
-        metrics,
-        levels=data.levels,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    device = sharding.device()
+    measured = image_quality(x, data.train, extractor_name(run), metrics, levels=data.levels, device=device)
     if "fid" in measured:  # Inception's Frechet distance; the features' name stands in the record
         measured["fd"] = measured["fid"]
+    return measured
+
+
+def _point_quality(x: Tensor, data: Dataset, metrics: Sequence[str]) -> dict[str, Any]:
+    measured: dict[str, Any] = {"status": "ok"}
+    if "sliced_wasserstein" in metrics:
+        measured["sliced_wasserstein"] = sliced_wasserstein(x, data.test[: len(x)])
+    if "energy" in metrics:
+        measured["energy"] = energy_distance(x, data.test)
     return measured
 
 
@@ -120,12 +142,18 @@ def curve_point(model: Model, run: RunConfig, data: Dataset, device) -> dict[str
     """One row of the learning curve: NELBO, NLL and sample quality of the averaged weights.
 
     Each is tried on its own, and None where it failed or is not defined. Samples are drawn by ``model.curve_sampler``.
+    The processes of a training share the work; all call this, and all get the row.
     """
+    with sharding.session():
+        return _curve_point(model, run, data, device)
+
+
+def _curve_point(model: Model, run: RunConfig, data: Dataset, device) -> dict[str, float | None]:
     settings, units = run.train, Units(data)
     suffix = "nats" if data.levels is None else "bpd"
     metric = "energy" if data.levels is None else "fd"
     x = test_points(data, min(settings.curve_images, len(data.test)), run.seed)
-    batch = run.evaluate.batch_size
+    batch = likelihood_batch(run.evaluate)
 
     def nelbo() -> float | None:
         (parts,) = nelbo_per_image(model, x, 1, CURVE_TIMES, batch, run.seed, device)
@@ -139,7 +167,8 @@ def curve_point(model: Model, run: RunConfig, data: Dataset, device) -> dict[str
     def distance() -> float | None:
         if not settings.curve_samples:
             return None
-        drawn = draw(model, settings.curve_samples, model.curve_sampler, settings.curve_steps, run.seed, batch)
+        count, steps = settings.curve_samples, settings.curve_steps
+        drawn = draw(model, count, model.curve_sampler, steps, run.seed, run.evaluate.batch_size)
         return quality(drawn[0], run, data, [metric]).get(metric)
 
     row: dict[str, float | None] = {}
@@ -151,31 +180,60 @@ def curve_point(model: Model, run: RunConfig, data: Dataset, device) -> dict[str
     return row
 
 
-def robustness(model: Model, run: RunConfig, data: Dataset) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Rows of robustness.csv, and the samples of each sampler at its largest number of steps.
+def robustness(
+    model: Model, run: RunConfig, data: Dataset, work: Work | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Rows of robustness.csv, and some samples of each sampler at its largest number of steps: all points, 64 images.
 
-    Every number of steps starts from the same prior draws, so rows of one sampler are paired.
+    Every number of steps starts from the same prior draws, so rows of one sampler are paired. Of several processes,
+    which share the work, only the first has the samples.
     """
-    rows, kept = [], {}
+    rows, kept, work = [], {}, work or Work()
+    if any(entry.get("data_mean") for entry in run.evaluate.samplers):
+        model.prior_mean = training_mean(model, data, run.seed, run.evaluate.batch_size)
     for entry in run.evaluate.samplers:
-        options = {k: v for k, v in entry.items() if k not in ("name", "steps")}
         for steps in entry["steps"]:
-            row = dict.fromkeys(ROBUSTNESS_COLUMNS) | {
-                "sampler": entry["name"],
-                "steps": steps,
-                "n": run.evaluate.samples,
-            }
-            try:
-                x, row["nfe"], row["seconds"] = draw(
-                    model, run.evaluate.samples, entry["name"], steps, run.seed, run.evaluate.batch_size, **options
-                )
-                measured = quality(x, run, data, run.evaluate.quality)
-                row |= {key: value for key, value in measured.items() if key in ROBUSTNESS_COLUMNS}
-                kept[entry["name"]] = x
-            except FAILURES as error:
-                row["status"] = " ".join(str(error).split())
+            name = f"{entry['name']} {steps}"
+            row, shown = work.result(name, lambda e=entry, s=steps: _row(model, run, data, work, e, s), [f"{name} x"])
+            if "x" in shown:
+                kept[entry["name"]] = torch.from_numpy(shown["x"])
             rows.append(row)
     return rows, kept
+
+
+def _row(
+    model: Model, run: RunConfig, data: Dataset, work: Work, entry: Mapping[str, Any], steps: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """One row, and samples x to be shown where there are any."""
+    settings, sampler, name = run.evaluate, entry["name"], f"{entry['name']} {steps}"
+    options = {k: v for k, v in entry.items() if k not in ("name", "steps")}
+    row = dict.fromkeys(ROBUSTNESS_COLUMNS) | {"sampler": sampler, "steps": steps, "n": settings.samples}
+    try:
+        drawn = draw_samples(
+            model,
+            settings.samples,
+            sampler,
+            steps,
+            run.seed,
+            settings.batch_size,
+            work=work,
+            name=f"{name} x",
+            quantity=name,
+            finish=lambda x: _as_data(x, data),
+            **options,
+        )
+        row["nfe"], row["seconds"] = drawn.nfe, drawn.seconds
+        measured = _quality(drawn.x, drawn.finite, run, data, settings.quality)
+    except FAILURES as error:
+        return row | {"status": " ".join(str(error).split())}, {}
+    row |= {key: value for key, value in measured.items() if key in ROBUSTNESS_COLUMNS}
+    if not bool(drawn.finite.all()):
+        return row, {}
+    if data.levels is None:
+        return row, {"x": drawn.x.numpy()}
+    shown = drawn.x[:PICTURED]
+    # the middle of each grey level: what is quantised again is the same
+    return row, {"x": dequantise(shown, torch.full(shown.shape, 0.5), data.levels).numpy()}
 
 
 def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
@@ -189,12 +247,13 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
         "bound": bound_kind(model),
         "curve_sampler": model.curve_sampler,
         "dequantiser": "uniform",
-        "weights": "ema",
+        "weights": _measured_weights(run),
         "nelbo_repeats": settings.nelbo_repeats,
         "nelbo_times": settings.nelbo_times,
         **_time_sampling(model),
         "rtol": settings.rtol,
         "atol": settings.atol,
+        **({} if settings.solver == "dopri5" else {"solver": settings.solver}),
         "probes": settings.probes,
         "images": settings.images,
         "samples": settings.samples,
@@ -202,6 +261,11 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
         "quantiser": "floor",
         "reference": "test" if len(model.shape) == 1 else "train",
     }
+
+
+def _measured_weights(run: RunConfig) -> str:
+    # a model trained elsewhere has no training of this harness; whoever evaluates it says which weights it has
+    return run.train.measured_weights if getattr(run, "train", None) else "ema"
 
 
 def _time_sampling(model: Model) -> dict[str, Any]:
@@ -212,32 +276,81 @@ def _time_sampling(model: Model) -> dict[str, Any]:
 
 
 def evaluate(run: RunConfig) -> None:
-    """Write per_image.npz, robustness.csv, the pictures, a CSV file a study and, last, likelihood.json of one run."""
-    if is_trained(run) and is_evaluated(run):
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Write per_image.npz, robustness.csv, the pictures, a CSV file a study and, last, likelihood.json of one run.
+
+    Processes that torchrun started share the work. An evaluation that was killed, or ended on request (Stopped), is
+    continued by the next call.
+    """
+    sharding.join()
+    with sharding.session():
+        if sharding.on_main(lambda: is_trained(run) and is_evaluated(run)):
+            return
+        with exclusive_results(run.folder, sharding.team().main):
+            if not sharding.on_main(lambda: is_trained(run) and is_evaluated(run)):
+                _evaluate(run)
+
+
+def _evaluate(run: RunConfig) -> None:
+    device = sharding.device()
     model = load_model(run, device)
-    data, started = load(run.dataset), time.perf_counter()
-    header = {
-        "schema": 1,
-        "suite": run.suite,
-        "dataset": run.dataset,
-        "variant": run.variant,
-        "seed": run.seed,
-        "config_hash": run.hash,
-        "weights_sha256": file_hash(run.folder / "weights" / "model.safetensors"),
-        "protocol": protocol(run, model),
+    weights = file_hash(run.folder / "weights" / "model.safetensors")
+    sharding.on_main(lambda: seals.begin(run.folder, seals.EVALUATE))
+    write_evaluation(run, model, load(run.dataset), device, weights, protocol(run, model))
+
+
+@float32(tf32=False)
+def write_evaluation(
+    run: RunConfig, model: Model, data: Dataset, device: torch.device, weights_sha256: str, agreed: dict[str, Any]
+) -> None:
+    """Measure a model and write its results to the run's folder, likelihood.json last; ``agreed``: its protocol.
+
+    All processes of a session call it with the same model; the first one writes. Finished pieces are kept beside the
+    checkpoints until the results stand.
+    """
+    started, folder, settings = time.perf_counter(), run.folder, run.evaluate
+    pieces = Pieces(run.hash, weights_sha256, {"protocol": agreed, "data": data.hash, "device": device.type})
+    sharding.on_main(pieces.open)
+    images = min(settings.images or len(data.test), len(data.test))
+    costs = expected_costs(model, settings, images) | {
+        f"{entry['name']} {steps}": (settings.samples, EVALUATIONS.get(entry["name"], float)(steps))
+        for entry in settings.samplers
+        for steps in entry["steps"]
     }
-    folder = run.folder
-    (folder / "likelihood.json").unlink(missing_ok=True)  # written last: until then nothing is finished
-    record, arrays = measure(model, data, run.evaluate, run.seed, device)
-    with atomic_path(folder / "per_image.npz") as temporary:
+    work = Work(pieces, costs, f"{run.variant}/{run.dataset}/{run.seed}")
+    try:
+        record, arrays = measure(model, data, settings, run.seed, device, work)
+        sharding.on_main(lambda: write_arrays(folder / "per_image.npz", arrays))
+        rows, samples = robustness(model, run, data, work)
+    finally:
+        work.close()
+
+    def conclude() -> None:
+        stopping.check()
+        write_robustness(folder / "robustness.csv", rows)
+        pictures(model, run, data, samples, folder)
+        conduct(Context(model, run, data, device), folder)
+        header = {
+            "schema": 1,
+            "suite": run.suite,
+            "dataset": run.dataset,
+            "variant": run.variant,
+            "seed": run.seed,
+            "config_hash": run.hash,
+            "weights_sha256": weights_sha256,
+            "protocol": agreed,
+        }
+        seconds = time.perf_counter() - started + work.spared
+        done = header | record | {"evaluate_seconds": seconds}
+        seals.publish(folder, seals.EVALUATE, seals.evaluated_files(settings.studies), done)
+        pieces.remove()
+
+    sharding.on_main(conclude)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """The arrays as a compressed .npz file, atomically."""
+    with atomic_path(path) as temporary:
         np.savez_compressed(temporary, **arrays)
-    rows, samples = robustness(model, run, data)
-    write_robustness(folder / "robustness.csv", rows)
-    pictures(model, run, data, samples, folder)
-    conduct(Context(model, run, data, device), folder)
-    write_json(folder / "likelihood.json", header | record | {"evaluate_seconds": time.perf_counter() - started})
 
 
 def write_robustness(path: Path, rows: list[dict[str, Any]]) -> None:

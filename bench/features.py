@@ -27,6 +27,7 @@ from bench.checkpoint import checkpoint_root
 from bench.data import Dataset, load
 from bench.errors import InputError
 from bench.files import write_bytes_atomic
+from bench.untrusted import check_parameters
 
 FEATURE_LAYER = "penultimate"
 _METADATA_KEY = "classifier"
@@ -161,17 +162,25 @@ def load_extractor(path: Path | str) -> type[FeatureExtractorBase]:
         digest = hashlib.sha256()
         for name, value in state.items():
             digest.update(f"{name}:{tuple(value.shape)};".encode() + value.numpy().tobytes())
-        network = Classifier(
-            tuple(metadata["shape"]),
-            metadata["levels"],
-            metadata["classes"],
-            metadata["features"],
-        )
+        sizes = (tuple(metadata["shape"]), metadata["levels"], metadata["classes"], metadata["features"])
+        with torch.device("meta"):
+            check_parameters(Classifier(*sizes), path.stat().st_size)  # before it takes memory
+        network = Classifier(*sizes)
         network.load_state_dict(state)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        label = metadata.get("dataset", "images").replace("/", "-").replace(":", "-")
+        float(metadata["accuracy"])
+    except (
+        OSError,
+        SafetensorError,
+        LookupError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a classifier saved by train_classifier ({reason})") from error
-    label = metadata.get("dataset", "images").replace("/", "-").replace(":", "-")
     name = f"{label}-classifier-{digest.hexdigest()[:8]}"
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(name, _extractor_class(name, network, metadata))

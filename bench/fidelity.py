@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -32,8 +33,11 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 from bench.data import content_hash
 from bench.errors import InputError
 from bench.features import digits_extractor
+from bench.sharding import on_main, spread, team
 
 METRICS = ("fd", "kid", "precision_recall")
+# of the file that torch-fidelity publishes, whose name holds the first eight digits
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 DIGITS = "digits"
 INCEPTION = "inception"
 INCEPTION_REGISTERED = "inception-v3-compat"
@@ -62,7 +66,8 @@ class _NotMeasured(Exception):
     """A reason, told in the status, for which no number can be given."""
 
 
-_references: OrderedDict[tuple[str, str], tuple[Tensor, dict[str, np.ndarray]]] = OrderedDict()
+# of several processes only the first has features, the others know that it has them
+_references: OrderedDict[tuple[str, str], tuple[Tensor | None, dict[str, np.ndarray]]] = OrderedDict()
 
 
 def image_quality(
@@ -90,7 +95,8 @@ def image_quality(
     ``kid_subset_size``, ``precision``, ``recall`` (of 3 nearest neighbours), ``n``, ``n_reference``, ``features`` (the
     extractor's full name), ``status``: "ok" or the reason for each value that is None. A Frechet distance is refused
     where either set has fewer images than the features have dimensions. KID subsets have min(1000, n/2, m/2) images.
-    Raises InputError for images, metrics or names that cannot be used.
+    Several processes, which all call this with the same images, share the features; the statistics are the first
+    one's, and all get the result. Raises InputError for images, metrics or names that cannot be used.
     """
     _check(generated, reference, metrics)
     generated, reference = generated.cpu(), reference.cpu()
@@ -115,28 +121,62 @@ def image_quality(
         found = get_featuresdict_from_dataset(dataset, extractor, batch_size, cuda, save_cpu_ram=True, verbose=False)
         return found[extractor.get_requested_features_list()[0]]
 
+    def extract_together(images: Tensor) -> Tensor | None:
+        return _together(extract, images, batch_size)
+
     try:
-        real, real_statistics = _reference(f"{name}/{levels}", reference, extract)
+        real, real_statistics = _reference(f"{name}/{levels}", reference, extract_together)
     except _NotMeasured as reason:
         return result | {"status": f"not measured: {reason}"}
-    fake = extract(generated)
-    if not torch.isfinite(fake).all():
+    fake = extract_together(generated)
+    if not _finite(fake):
         return result | {"status": f"not measured: {_NOT_FINITE}"}
-    reasons = []
-    measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "fd": lambda: {frechet: _frechet(fake, real, real_statistics)},
-        "kid": lambda: _kernel(fake, real, kid_subsets, seed),
-        "precision_recall": lambda: _precision_recall(fake, real, torch.device(device)),
-    }
-    for metric in metrics:
-        try:
-            values = measures[metric]()
-            if not all(math.isfinite(value) for value in values.values()):
-                raise _NotMeasured("the value is not finite")
-            result |= values
-        except _NotMeasured as reason:
-            reasons.append(f"{frechet if metric == 'fd' else metric} not measured: {reason}")
-    return result | {"status": "; ".join(reasons) or "ok"}
+
+    def statistics() -> dict[str, Any]:
+        measures: dict[str, Callable[[], dict[str, Any]]] = {
+            "fd": lambda: {frechet: _frechet(fake, real, real_statistics)},
+            "kid": lambda: _kernel(fake, real, kid_subsets, seed),
+            "precision_recall": lambda: _precision_recall(fake, real, torch.device(device)),
+        }
+        found, reasons = {}, []
+        for metric in metrics:
+            try:
+                values = measures[metric]()
+                if not all(math.isfinite(value) for value in values.values()):
+                    raise _NotMeasured("the value is not finite")
+                found |= {
+                    key: float(value) if isinstance(value, np.floating) else value for key, value in values.items()
+                }
+            except _NotMeasured as reason:
+                reasons.append(f"{frechet if metric == 'fd' else metric} not measured: {reason}")
+        return found | {"status": "; ".join(reasons) or "ok"}
+
+    return result | on_main(statistics)
+
+
+def _together(extract: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor | None:
+    """The features of all images, in the first process; the batches are those of one process."""
+    size = team().size
+    if size == 1:
+        return extract(images)
+    starts = range(0, len(images), batch_size)
+
+    def own(rank: int) -> dict[str, np.ndarray]:
+        # one call for all of a process's batches, of which only the last may be short
+        parts = [images[start : start + batch_size] for start in starts[rank::size]]
+        if not parts:
+            return {}
+        features = extract(torch.cat(parts)).split(batch_size)
+        return {str(rank + size * i): part.numpy() for i, part in enumerate(features)}
+
+    found: dict[str, np.ndarray] = {}
+    for part in spread(size, own, main_only=True):
+        found |= part
+    return torch.cat([torch.from_numpy(found[str(k)]) for k in range(len(starts))]) if found else None
+
+
+def _finite(features: Tensor | None) -> bool:
+    return on_main(lambda: bool(torch.isfinite(features).all()))
 
 
 def _check(generated: Tensor, reference: Tensor, metrics: Sequence[str]) -> None:
@@ -154,13 +194,15 @@ def _check(generated: Tensor, reference: Tensor, metrics: Sequence[str]) -> None
             raise InputError(f"metrics: unknown {metric!r}; accepted: {', '.join(METRICS)}")
 
 
-def _reference(name: str, images: Tensor, extract: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, np.ndarray]]:
+def _reference(
+    name: str, images: Tensor, extract: Callable[[Tensor], Tensor | None]
+) -> tuple[Tensor | None, dict[str, np.ndarray]]:
     key = (name, content_hash({"reference": images}))
     if key not in _references:
         features = extract(images)
-        if not torch.isfinite(features).all():
+        if not _finite(features):
             raise _NotMeasured(_NOT_FINITE)
-        _references[key] = (features, fid_features_to_statistics(features))
+        _references[key] = (features, {} if features is None else fid_features_to_statistics(features))
         while len(_references) > _CACHED_REFERENCES:
             _references.popitem(last=False)
     _references.move_to_end(key)
@@ -222,7 +264,7 @@ def _inception_path(weights: Path | str | None) -> Path:
     default = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
     if weights == "download" and not default.is_file():
         default.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(default), hash_prefix=default.stem[-8:], progress=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(default), hash_prefix=INCEPTION_SHA256, progress=True)
     path = default if weights in (None, "download") else Path(weights).expanduser()
     if not path.is_file():
         shown = f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
@@ -234,14 +276,20 @@ def _inception_path(weights: Path | str | None) -> Path:
 def _inception(path: Path, stamp: tuple[int, int], device: torch.device) -> tuple[str, FeatureExtractorBase]:
     """Inception with the weights at ``path``, kept until the file (its ``stamp``) changes.
 
-    torch-fidelity unpickles the file without restriction; one that torch's restricted reader accepts can do no harm
-    there.
+    torch-fidelity unpickles without restriction, so it is given a copy of the tensors alone. InputError for a file that
+    bears the published name and is not the published one.
     """
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if path.name == URL_INCEPTION_V3.rsplit("/", 1)[-1] and digest != INCEPTION_SHA256:
+        raise InputError(f"{path}: sha256 {digest}: accepted: {INCEPTION_SHA256}, that of the published file")
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
-        with open(path, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        extractor = _create(INCEPTION_REGISTERED, device, feature_extractor_weights_path=str(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(tensors, Path(folder) / "tensors.pth")
+            copy = str(Path(folder) / "tensors.pth")
+            extractor = _create(INCEPTION_REGISTERED, device, feature_extractor_weights_path=copy)
     except Exception as error:  # a damaged file may raise anything
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: not a file of Inception weights ({reason})") from error

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.batches import FAILURES, SECONDS, Work
 from bench.data import Dataset, bits_per_dim, dequantise
 from models.base import Model, NotDefined
-from models.flows import FlowInverseError
-from models.integrators import IntegrationError
 from models.noise import IndexedGenerator
 from models.nonlinear import NonlinearDiffusion
 
 OFFSET = "dequantisation"
+USUAL_NFE = 120  # of the ODE on a trained model, for a progress line
+CHECKED = 32  # images of the check of the NLL's tolerance
+SOLVERS = {"dopri5": "dormand-prince 5(4)", "adams": "adams 5(4)"}
 QUANTITIES = ("nelbo", "nll", "gap", "chain", "discrete")
-# what may keep a quantity from being measured without being a fault of the code
-FAILURES = (FlowInverseError, IntegrationError, NotDefined)
 
 Parts = dict[str, np.ndarray]
 
@@ -59,54 +59,70 @@ class Units:
         return self.part(nats) + self.offset
 
 
-def _batched(function, x: Tensor, batch_size: int, device, seed: int, purpose: str) -> Parts:
-    pieces: dict[str, list[np.ndarray]] = {}
-    for first in range(0, len(x), batch_size):
-        rows = torch.arange(first, min(first + batch_size, len(x)))
-        parts = function(x[rows].to(device), IndexedGenerator(seed, purpose, rows))
-        for name, value in parts.items():
-            pieces.setdefault(name, []).append(value.double().cpu().numpy())
-    return {name: np.concatenate(values) for name, values in pieces.items()}
+def _batched(
+    function, x: Tensor, batch_size: int, device, seed: int, purpose: str, work: Work | None, name=""
+) -> Parts:
+    """Parts of all images; ``name`` tells computations of one purpose apart that differ in their settings."""
+
+    def parts(rows: range) -> Parts:
+        index = torch.arange(rows.start, rows.stop)
+        found = function(x[index].to(device), IndexedGenerator(seed, purpose, index))
+        return {key: value.double().cpu().numpy() for key, value in found.items()}
+
+    quantity = purpose.partition(" ")[0]
+    pieces = (work or Work()).batches(f"{purpose}{name}", len(x), batch_size, parts, quantity=quantity)
+    return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0] if key != SECONDS}
+
+
+def _repeated(function, x: Tensor, repeats: int, batch_size: int, seed: int, purpose: str, device, work) -> list[Parts]:
+    return [_batched(function, x, batch_size, device, seed, f"{purpose} {repeat}", work) for repeat in range(repeats)]
 
 
 def nelbo_per_image(
-    model: Model, x: Tensor, repeats: int, times: int, batch_size: int, seed: int, device="cpu"
+    model: Model,
+    x: Tensor,
+    repeats: int,
+    times: int,
+    batch_size: int,
+    seed: int,
+    device="cpu",
+    work: Work | None = None,
 ) -> list[Parts]:
     """For each independent repeat the bound's parts, nats (n,)."""
-    return _repeated(
-        lambda rows, source: model.nelbo_parts(rows, times=times, generator=source),
-        x,
-        repeats,
-        batch_size,
-        seed,
-        "nelbo",
-        device,
-    )
+    function = lambda rows, source: model.nelbo_parts(rows, times=times, generator=source)  # noqa: E731
+    return _repeated(function, x, repeats, batch_size, seed, "nelbo", device, work)
 
 
-def _repeated(function, x: Tensor, repeats: int, batch_size: int, seed: int, purpose: str, device) -> list[Parts]:
-    return [_batched(function, x, batch_size, device, seed, f"{purpose} {repeat}") for repeat in range(repeats)]
-
-
-def chain_per_image(model: Model, x: Tensor, repeats: int, batch_size: int, seed: int, device="cpu") -> list[Parts]:
+def chain_per_image(
+    model: Model, x: Tensor, repeats: int, batch_size: int, seed: int, device="cpu", work: Work | None = None
+) -> list[Parts]:
     """For each of ``repeats`` paths the parts of the bound of the model's own chain, nats (n,)."""
     function = lambda rows, source: model.chain_parts(rows, generator=source)  # noqa: E731
-    return _repeated(function, x, repeats, batch_size, seed, "chain", device)
+    return _repeated(function, x, repeats, batch_size, seed, "chain", device, work)
 
 
 def discrete_per_image(
-    model: Model, images: Tensor, levels: int, repeats: int, batch_size: int, seed: int, device="cpu"
+    model: Model,
+    images: Tensor,
+    levels: int,
+    repeats: int,
+    batch_size: int,
+    seed: int,
+    device="cpu",
+    work: Work | None = None,
 ) -> list[Parts]:
     """For each of ``repeats`` paths the parts of the bound on -log P(k) of uint8 images k (n, ...), nats (n,)."""
     function = lambda rows, source: model.discrete_parts(rows, levels, generator=source)  # noqa: E731
-    return _repeated(function, images, repeats, batch_size, seed, "discrete", device)
+    return _repeated(function, images, repeats, batch_size, seed, "discrete", device, work)
 
 
-def nll_per_image(model: Model, x: Tensor, batch_size: int, seed: int, device="cpu", **options: Any) -> Parts:
+def nll_per_image(
+    model: Model, x: Tensor, batch_size: int, seed: int, device="cpu", work: Work | None = None, **options: Any
+) -> Parts:
     """The ODE likelihood's parts, nats (n,), and nfe (n,)."""
-    return _batched(
-        lambda rows, source: model.nll_parts(rows, generator=source, **options), x, batch_size, device, seed, "nll"
-    )
+    function = lambda rows, source: model.nll_parts(rows, generator=source, **options)  # noqa: E731
+    name = "".join(f" {key}={value}" for key, value in sorted(options.items()))
+    return _batched(function, x, batch_size, device, seed, "nll", work, name)
 
 
 def total_nats(parts: Parts, residual: bool = True) -> np.ndarray:
@@ -169,8 +185,9 @@ class Measurement:
     ``record``: what was measured, in the suite's unit; ``arrays``: per image, nats; ``reasons``: of what was not.
     """
 
-    def __init__(self, model: Model, data: Dataset, settings, seed: int, device="cpu"):
+    def __init__(self, model: Model, data: Dataset, settings, seed: int, device="cpu", work: Work | None = None):
         self.model, self.data, self.settings, self.seed, self.device = model, data, settings, seed, device
+        self.batch_size, self.work = likelihood_batch(settings), work
         self.units = Units(data)
         self.x = test_points(data, settings.images, seed)
         self.record: dict[str, Any] = dict.fromkeys(QUANTITIES)
@@ -183,17 +200,13 @@ class Measurement:
             except FAILURES as error:
                 self.reasons[name] = " ".join(str(error).split())
 
+    def _how(self) -> tuple[int, int, Any, Work | None]:
+        return self.batch_size, self.seed, self.device, self.work
+
     def _nelbo(self) -> dict[str, Any]:
         settings, units = self.settings, self.units
-        repeats = nelbo_per_image(
-            self.model,
-            self.x,
-            settings.nelbo_repeats,
-            settings.nelbo_times,
-            settings.batch_size,
-            self.seed,
-            self.device,
-        )
+        options = (settings.nelbo_repeats, settings.nelbo_times, *self._how())
+        repeats = nelbo_per_image(self.model, self.x, *options)
         mean = _checked(_mean_parts(repeats))
         self.bounds = repeats
         self.arrays |= {"nelbo": total_nats(mean), "nelbo_uncorrected": total_nats(mean, False)}
@@ -206,12 +219,14 @@ class Measurement:
     def _nll(self) -> dict[str, Any]:
         settings, units = self.settings, self.units
         options = {"rtol": settings.rtol, "atol": settings.atol, "probes": settings.probes}
+        if settings.solver != "dopri5":
+            options["solver"] = settings.solver
         measure: Callable[..., Parts] = lambda x, **given: _checked(  # noqa: E731
-            nll_per_image(self.model, x, settings.batch_size, self.seed, self.device, **given)
+            nll_per_image(self.model, x, *self._how(), **given)
         )
         right = measure(self.x, corrected=True, **options)
         clean = measure(self.x, corrected=False, **options)
-        few = min(32, len(self.x))
+        few = min(CHECKED, len(self.x))
         finer = options | {"rtol": settings.rtol / 2, "atol": settings.atol / 2}
         try:
             halved = total_nats(measure(self.x[:few], corrected=True, **finer))
@@ -221,7 +236,7 @@ class Measurement:
         self.arrays |= {"nll": total_nats(right), "nll_uncorrected": total_nats(clean, False)}
         self.arrays["nfe"] = right["nfe"].astype(np.int64)
         return {
-            "solver": "dormand-prince 5(4), step control per image",
+            "solver": f"{SOLVERS[settings.solver]}, step control per image",
             "rtol": settings.rtol,
             "atol": settings.atol,
             "probes": settings.probes,
@@ -251,8 +266,7 @@ class Measurement:
                 raise NotDefined(self.reasons["nelbo"])
             repeats = self.bounds
         else:
-            options = (settings.nelbo_repeats, settings.batch_size, self.seed, self.device)
-            repeats = chain_per_image(self.model, self.x, *options)
+            repeats = chain_per_image(self.model, self.x, settings.nelbo_repeats, *self._how())
         mean = _checked(_mean_parts(repeats))
         self.arrays["chain"] = total_nats(mean)
         return self._bound(mean, repeats)
@@ -262,8 +276,7 @@ class Measurement:
         if levels is None:
             raise NotDefined("not defined for 2-D data")
         images = self.data.test[: len(self.x)]
-        options = (settings.nelbo_repeats, settings.batch_size, self.seed, self.device)
-        repeats = discrete_per_image(self.model, images, levels, *options)
+        repeats = discrete_per_image(self.model, images, levels, settings.nelbo_repeats, *self._how())
         mean = _checked(_mean_parts(repeats))
         self.arrays["discrete"] = total_nats(mean)
         return self._bound(mean, repeats, offset=False)
@@ -274,15 +287,35 @@ class Measurement:
         return summary(mean, self.units, offset=offset) | said
 
 
-def measure(model: Model, data: Dataset, settings, seed: int, device="cpu") -> tuple[dict[str, Any], Parts]:
+def likelihood_batch(settings) -> int:
+    """Images of a batch whose likelihood is computed: an EvaluateConfig's own number, else that of its samples."""
+    return settings.likelihood_batch_size or settings.batch_size
+
+
+def expected_costs(model: Model, settings, images: int) -> dict[str, tuple[int, float]]:
+    """Quantity -> (images, rough number of network evaluations of each), for a progress line."""
+    steps = chain_steps(model) or 0
+    if bound_is_chain(model):
+        return {"nelbo": (images * settings.nelbo_repeats, steps)}
+    products = model.dims if settings.probes == "exact" else settings.probes
+    costs = {"nelbo": (images * settings.nelbo_repeats, settings.nelbo_times)}
+    # a product with the Jacobian costs about two evaluations
+    costs["nll"] = (2 * images + min(CHECKED, images), USUAL_NFE * (1 + 2 * products))
+    return costs | {name: (images * settings.nelbo_repeats, steps) for name in ("chain", "discrete") if steps}
+
+
+def measure(
+    model: Model, data: Dataset, settings, seed: int, device="cpu", work: Work | None = None
+) -> tuple[dict[str, Any], Parts]:
     """The record of ``likelihood.json`` (without its header) and the arrays of ``per_image.npz``, nats.
 
     ``settings``: an EvaluateConfig. "nelbo", "nll", "gap" and "chain" are of the density of the dequantised test
     images, all of the same ones; "discrete" bounds the probability of the images themselves (bits/dim without the
     offset of dequantisation) and compares with none of them. A quantity that could not be measured is null, and
-    "reasons" says why; "status" is "ok" unless none could be.
+    "reasons" says why; "status" is "ok" unless none could be. ``work`` says how the batches are done; several processes
+    share them, and all get the result.
     """
-    measured = Measurement(model, data, settings, seed, device)
+    measured = Measurement(model, data, settings, seed, device, work)
     units, x, reasons = measured.units, measured.x, measured.reasons
     truth = None
     if data.log_prob is not None:

@@ -4,13 +4,13 @@ import os
 import sys
 
 import torch
-from test_processes import STOP, STOPPED, VARIANTS, stop_at, tiny_run
+from test_processes import ASKED, COMMAND, STOP, STOPPED, VARIANTS, ask_one_at, stop_at, tiny_run
 
 from bench.train import Trainer, train
 
 
 def main(folder: str) -> None:
-    """Train each variant under ``folder``/whole, and STOPPED up to step STOP under ``folder``/stopped."""
+    """Train each variant under ``folder``/whole, STOPPED up to STOP under stopped, COMMAND up to ASKED in asked."""
     torch.set_num_threads(1)
     use(folder, "whole")
     for variant in VARIANTS:
@@ -18,6 +18,8 @@ def main(folder: str) -> None:
     use(folder, "stopped")
     trainer = Trainer(tiny_run(STOPPED), progress=False)
     stop_at(trainer, STOP)
+    use(folder, "asked")
+    ask_one_at(Trainer(tiny_run(COMMAND), progress=False), ASKED)
     torch.distributed.destroy_process_group()
 
 

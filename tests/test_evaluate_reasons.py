@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench.data import make_dataset
+from bench.data import make_dataset, quantise
 from bench.evaluate import curve_point, evaluate, protocol, robustness
-from bench.likelihood import QUANTITIES, bound_kind, chain_steps, measure
+from bench.likelihood import QUANTITIES, USUAL_NFE, bound_kind, chain_steps, expected_costs, measure
+from bench.sampling import draw
 from bench.settings import EvaluateConfig
 from models.base import Model, NotDefined
 from models.diffflow import DiffFlow
@@ -214,6 +215,48 @@ def test_sampler_that_a_model_lacks_is_a_reason_at_each_number_of_steps(points):
         ("toy", 4, "ok"),
     ]
     assert rows[0]["energy"] is None and math.isfinite(rows[2]["energy"]) and set(kept) == {"toy"}
+
+
+def test_likelihoods_have_a_batch_size_of_their_own(images):
+    model, settings = Toy(), SETTINGS.model_copy(update={"likelihood_batch_size": 4})
+    record, _ = measure(model, images, settings, seed=3)
+    assert model.calls.count("nelbo") == model.calls.count("chain") == 3 * 3  # repeats, and batches of 12 images
+    assert record["nll"] == measure(Toy(), images, SETTINGS, seed=3)[0]["nll"]
+    run = SimpleNamespace(evaluate=settings.model_copy(update={"samplers": [{"name": "toy", "steps": [1]}]}), seed=0)
+    model.calls.clear()
+    robustness(model, run, images)
+    assert model.calls == ["sample toy"] * 2  # 8 samples in batches of 5
+    assert expected_costs(model, settings, 12) == {
+        "nelbo": (12 * 3, 4),
+        "nll": (2 * 12 + 12, pytest.approx(USUAL_NFE * (1 + 2 * DIMS))),
+        "chain": (12 * 3, 7),
+        "discrete": (12 * 3, 7),
+    }
+
+
+@pytest.mark.parametrize("kind", ["points", "images"])
+def test_samples_that_are_not_finite_are_counted_and_not_shown(kind, request):
+    data = request.getfixturevalue(kind)
+    samplers = [{"name": "toy", "steps": [3, 4]}]
+    settings = SETTINGS.model_copy(update={"samplers": samplers, "samples": 7, "quality": []})
+    model, whole = Toy(data.shape), Toy(data.shape)
+    clean = model.sample
+
+    def spoilt(n, steps, sampler, generator=None, **options):
+        x = clean(n, steps, sampler, generator)
+        return torch.where((generator.index % 3 == 1).view(-1, *[1] * len(data.shape)), math.inf, x)
+
+    run = SimpleNamespace(evaluate=settings, seed=0)
+    _, shown = robustness(whole, run, data)
+    x = draw(whole, 7, "toy", 4, 0, 5)[0]
+    if data.levels is None:
+        assert torch.equal(shown["toy"], x)
+    else:  # of images the grey levels are kept
+        assert torch.equal(quantise(shown["toy"], data.levels), quantise(x, data.levels))
+    model.sample = spoilt
+    rows, shown = robustness(model, run, data)
+    assert [row["status"] for row in rows] == ["2 of 7 samples not finite"] * 2 and not shown
+    assert [(row["nfe"], row["n"]) for row in rows] == [(3.0, 7), (4.0, 7)]
 
 
 def test_evaluation_of_a_model_without_a_bound_is_finished(points, tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_nothing_is_downloaded_unasked(tmp_path, monkeypatch):
     assert "not found" in image_quality(x, x, "inception")["status"]
     assert not asked
     image_quality(x, x, "inception", weights="download")
-    assert asked[0][0].startswith("https://") and asked[0][1]["hash_prefix"] == "6726825d"
+    assert asked[0][0].startswith("https://") and asked[0][1]["hash_prefix"].startswith("6726825d")
 
 
 def test_weights_that_execute_code_are_refused(tmp_path):

@@ -8,11 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from bench.errors import InputError
 from bench.files import read_json
 from bench.importing.torch_files import read_torch_file
+from bench.untrusted import bounded_modules, check_parameters
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
@@ -122,10 +124,15 @@ def chain_options(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _load_unet(folder: Path, weights: Path) -> nn.Module:
     from diffusers import UNet2DModel
 
+    shards = sorted(folder.glob("*.index.json"))
+    if shards:  # it names further files, wherever they are
+        raise InputError(f"{shards[0]}: weights in several files; accepted: one file, {' or '.join(WEIGHTS)}")
     safe = weights.suffix == ".safetensors"
     if not safe:
         read_torch_file(weights)  # refuses a pickle that asks for anything, before the library opens it
     try:
+        with torch.device("meta"), bounded_modules():
+            check_parameters(UNet2DModel.from_config(UNet2DModel.load_config(folder)), weights.stat().st_size)
         net, said = UNet2DModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
         )

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 
+from bench import seals, sharding
+from bench.checkpoint import exclusive_results
 from bench.config import FEATURES, RunConfig, dump_config, load_suite
 from bench.data import load
 from bench.errors import InputError
-from bench.evaluate import is_evaluated, pictures, protocol, robustness, write_robustness
-from bench.files import atomic_path, read_json, write_json, write_text_atomic
+from bench.evaluate import is_evaluated, protocol, write_evaluation
+from bench.files import read_json, write_text_atomic
 from bench.importing.pretrained import Pretrained, load_pretrained
-from bench.likelihood import measure
 from bench.options import Invalid, dotted
 from bench.provenance import record
-from bench.studies import Context, conduct
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -65,9 +63,10 @@ def evaluate_pretrained(
         raise InputError(f"--name {name!r}: must begin with a letter or digit; accepted: letters, digits, - and _")
     if out is None and name in (*suite.variants, FEATURES):
         raise InputError(f"--name {name}: taken by a variant of {suite_name}; accepted: any other, or --out FOLDER")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sharding.join()
+    device = sharding.device()
     data = load(template.dataset)
-    loaded = load_pretrained(path, device)
+    loaded = load_pretrained(path, device, template.dataset)
     if tuple(loaded.shape) != tuple(data.shape):
         raise InputError(
             f"--pretrained {path}: shape = {list(loaded.shape)}: accepted: {list(data.shape)}, that of {data.name}"
@@ -79,8 +78,10 @@ def evaluate_pretrained(
     run = _run(template, name, loaded, out)
     if run.folder.resolve() == path.resolve() or (run.folder / "weights").exists():
         raise InputError(f"{run.folder}: holds weights; accepted: another --name or --out, where results may go")
-    if not _is_measured(run, loaded):
-        _measure(run, loaded, data, device)
+    with sharding.session():
+        if not sharding.on_main(lambda: _is_measured(run, loaded)):
+            with exclusive_results(run.folder, sharding.team().main):
+                _measure(run, loaded, data, device)
     return run
 
 
@@ -105,7 +106,7 @@ def _run(template: RunConfig, name: str, loaded: Pretrained, out: Path | None) -
 
 
 def _is_measured(run: PretrainedRun, loaded: Pretrained) -> bool:
-    if not is_evaluated(run):
+    if not is_evaluated(run) or not seals.intact(run.folder, seals.TRAIN):
         return False
     return read_json(run.folder / "provenance.json")["weights_sha256"] == loaded.weights_sha256
 
@@ -119,37 +120,23 @@ def _weights(loaded: Pretrained) -> str | None:
 def _measure(run: PretrainedRun, loaded: Pretrained, data: Any, device: torch.device) -> None:
     if device.type != "cuda":
         torch.set_num_threads(1)  # as in every evaluation: results do not depend on how many run at once
-    model, folder, started = loaded.model, run.folder, time.perf_counter()
-    header = {
-        "schema": 1,
-        "suite": run.suite,
-        "dataset": run.dataset,
-        "variant": run.variant,
-        "seed": run.seed,
-        "config_hash": run.hash,
-        "weights_sha256": loaded.weights_sha256,
-        "protocol": protocol(run, model) | {"weights": _weights(loaded)},
-    }
-    (folder / "likelihood.json").unlink(missing_ok=True)  # written last: until then nothing is finished
+    sharding.on_main(lambda: _write_training(run, loaded, device))
+    agreed = protocol(run, loaded.model) | {"weights": _weights(loaded)}
+    write_evaluation(run, loaded.model, data, device, loaded.weights_sha256, agreed)
+
+
+def _write_training(run: PretrainedRun, loaded: Pretrained, device: torch.device) -> None:
+    """What a training would have left in the run's folder, as far as it is known."""
+    folder, model = run.folder, loaded.model
+    seals.begin(folder, seals.TRAIN, seals.EVALUATE)  # likelihood.json is written last: until then all is unfinished
     total, flow = (sum(p.numel() for p in part.parameters()) for part in (model, model.flow))
     write_text_atomic(folder / "config.yaml", dump_config(run))
     # a header alone: no curve was seen, and the report reads it as such
     write_text_atomic(folder / "learning_curve.csv", "images\n")
-    write_json(
-        folder / "provenance.json",
-        record(device)
-        | {
-            "config_hash": run.training_hash,
-            "weights_sha256": loaded.weights_sha256,
-            "parameters": {"score": total - flow, "flow": flow, "total": total},
-            "source": loaded.source,
-        },
-    )
-    measured, arrays = measure(model, data, run.evaluate, run.seed, device)
-    with atomic_path(folder / "per_image.npz") as temporary:
-        np.savez_compressed(temporary, **arrays)
-    rows, samples = robustness(model, run, data)
-    write_robustness(folder / "robustness.csv", rows)
-    pictures(model, run, data, samples, folder)
-    conduct(Context(model, run, data, device), folder)
-    write_json(folder / "likelihood.json", header | measured | {"evaluate_seconds": time.perf_counter() - started})
+    known = {
+        "config_hash": run.training_hash,
+        "weights_sha256": loaded.weights_sha256,
+        "parameters": {"score": total - flow, "flow": flow, "total": total},
+        "source": loaded.source,
+    }
+    seals.publish(folder, seals.TRAIN, seals.TRAINED_FILES, record(device) | known)

@@ -1,12 +1,12 @@
 """The folder of an imported checkpoint, written and loaded; and whatever else is measured without training it here.
 
 ``config.yaml`` says how to build the model (``Imported``), ``weights/model.safetensors`` holds the network by the names
-of :class:`models.score.NCSNpp`, ``weights/flow.safetensors`` an INDM's flow, ``provenance.json`` the source's sha256.
+of its class in `models.score`, ``weights/flow.safetensors`` an INDM's flow, ``provenance.json`` the source's sha256.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,7 @@ from bench.layers import merge, parse_overrides
 from bench.options import Invalid, Schema, accepted, dotted, locate, resolve_component, show, validate
 from bench.provenance import record
 from bench.settings import Count
+from bench.untrusted import bounded_modules, check_parameters
 from bench.yaml_files import dump_yaml, read_yaml
 from models import registry
 from models.base import Model
@@ -164,7 +165,7 @@ def _network(imported: Imported) -> nn.Module:
         net = registry.component("score", options, shape=list(imported.shape))
     except ValueError as error:
         raise InputError(f"model.score: {' '.join(str(error).split())}") from error
-    if options["embedding"] == "fourier":
+    if options.get("embedding") == "fourier":
         net.encode = OfficialFourier(options["nf"], options["fourier_scale"])
     return net
 
@@ -181,17 +182,18 @@ def _flow(imported: Imported) -> nn.Module:
 # Loading -----------------------------------------------------------------------------------------------------------
 
 
-def load_pretrained(path: Path, device: str | torch.device = "cpu") -> Pretrained:
+def load_pretrained(path: Path, device: str | torch.device = "cpu", dataset: str | None = None) -> Pretrained:
     """The model of a folder: of import-checkpoint, of export or of a run, or of diffusers.
 
-    In evaluation mode, without gradients of its weights. InputError, in one line, for anything else.
+    In evaluation mode, without gradients of its weights. ``dataset``: the one it is to be measured on. InputError, in
+    one line, for anything else.
     """
     if path.is_file():
         raise InputError(f"--pretrained {path}: a file; accepted: {ACCEPTED} (see import-checkpoint)")
     if (path / "config.yaml").is_file():
         content = read_yaml(path / "config.yaml")
         foreign = isinstance(content, dict) and "kind" in content
-        loaded = _load_imported(path, content) if foreign else _load_own(path)
+        loaded = _load_imported(path, content) if foreign else _load_own(path, dataset)
     elif diffusers_unet.unet_folder(path) is not None:
         loaded = _load_diffusers(path)
     else:
@@ -220,6 +222,9 @@ def _load_imported(path: Path, content: Any) -> Pretrained:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: provenance.json is missing or damaged; accepted: a finished import") from error
     imported = imported.model_copy(update={"model": model})
+    _check_size(imported, _network, path / WEIGHTS)
+    if flowing:
+        _check_size(imported, _flow, path / FLOW_WEIGHTS)
     net, flow = _network(imported), Identity()
     _load_state(net, path / WEIGHTS, wanted)
     if flowing:
@@ -227,6 +232,15 @@ def _load_imported(path: Path, content: Any) -> Pretrained:
         _load_state(flow, path / FLOW_WEIGHTS, source.get("flow_sha256"))
     built = _assemble(model, net, imported.condition, imported.shape, not model["score"]["centered"], flow)
     return Pretrained(built, imported.shape, imported.model_dump(mode="json"), wanted, source.get("source") or {})
+
+
+def _check_size(imported: Imported, build: Callable[[Imported], nn.Module], weights: Path) -> None:
+    """Refuse a network larger than its weights' file, before it takes memory."""
+    try:
+        with torch.device("meta"), bounded_modules():
+            check_parameters(build(imported), weights.stat().st_size if weights.is_file() else 0)
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise InputError(f"{weights}: the model of config.yaml {' '.join(str(error).split())[:300]}") from error
 
 
 def _assemble(
@@ -264,7 +278,7 @@ def _load_diffusers(path: Path) -> Pretrained:
     return Pretrained(built, folder.shape, description, digest, _source(folder.weights))
 
 
-def _load_own(path: Path) -> Pretrained:
+def _load_own(path: Path, dataset: str | None) -> Pretrained:
     """A model that this harness trained: an exported folder, or a run's own."""
     from bench.config import read_run
     from bench.run_config import FACTS
@@ -278,16 +292,30 @@ def _load_own(path: Path) -> Pretrained:
     else:
         from bench.data import load
 
+        if run.dataset != dataset:  # a configuration from elsewhere may not have any folder read
+            raise InputError(f"{path / 'config.yaml'}: dataset = {run.dataset!r}: accepted: {dataset}, as in the suite")
         shape = load(run.dataset).shape
     try:
+        with torch.device("meta"), bounded_modules():
+            check_parameters(models.build({**run.model, "shape": list(shape)}), weights.stat().st_size)
         built = models.build({**run.model, "shape": list(shape)})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path / 'config.yaml'}: model: {' '.join(str(error).split())}") from error
-    _load_state(built, weights)
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise InputError(f"{path / 'config.yaml'}: model: {' '.join(str(error).split())[:300]}") from error
+    _load_state(built, weights, _recorded(path))
     digest = file_hash(weights)
     description = {"kind": "indm-bench", "weights": "ema", "shape": list(shape), "model": run.model}
     description |= {"suite": run.suite, "variant": run.variant, "dataset": run.dataset, "seed": run.seed}
     return Pretrained(built, tuple(shape), description, digest, _source(weights))
+
+
+def _recorded(path: Path) -> str | None:
+    """The weights' sha256 by the record of their training, None where no record came with them."""
+    try:
+        return read_json(path / "provenance.json")["weights_sha256"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / 'provenance.json'}: damaged; accepted: an undamaged copy") from error
 
 
 def _load_state(module: nn.Module, weights: Path, wanted: str | None = None) -> None:

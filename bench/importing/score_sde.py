@@ -1,9 +1,10 @@
-"""Checkpoints of the official NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456; github.com/yang-song/
+"""Checkpoints of the official NCSN++, DDPM++ and DDPM (Song et al. 2021, arXiv 2011.13456; github.com/yang-song/
 score_sde_pytorch), and of INDM's score networks (github.com/byeonghu-na/INDM), which are the same classes.
 
 A checkpoint is {"optimizer", "model", "ema", "step"}: "model" the state of the network by name, "ema" the averaged
 parameters as a list in the network's own order. Modules of the network are numbered in order of construction,
-``all_modules.0``, ``all_modules.1``, ..., and :class:`models.score.NCSNpp` registers its parts in that order.
+``all_modules.0``, ``all_modules.1``, ...: :class:`models.score.NCSNpp` registers its parts in that order,
+:class:`models.score.ddpm_unet.DDPMUNet` in the one of the diffusers library.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.errors import InputError
 from bench.importing.torch_files import read_torch_file
 from models.score import NCSNpp
+from models.score.ddpm_unet import DDPMUNet
 from models.score.layers import AttentionBlock, ResidualBlock
 
 LEVELS = 1000  # num_scales of every CIFAR-10 configuration
@@ -34,6 +36,16 @@ RESIDUAL_BLOCK = {
     "shortcut": "Conv_2",
 }
 
+# of the network `ddpm`: the parts of a residual block and of an attention by the names of the diffusers library
+UNET_BLOCK = {
+    "norm1": "GroupNorm_0",
+    "conv1": "Conv_0",
+    "time_emb_proj": "Dense_0",
+    "norm2": "GroupNorm_1",
+    "conv2": "Conv_1",
+}
+UNET_ATTENTION = {"to_q": "NIN_0", "to_k": "NIN_1", "to_v": "NIN_2", "to_out.0": "NIN_3"}
+
 
 class Official(NamedTuple):
     """A published configuration: the model as `models.build` takes it, and how the network is told the noise."""
@@ -45,20 +57,19 @@ class Official(NamedTuple):
 
 def _official(sde: str, network: str, blocks: int = 4, discrete: bool = False, space: str = "data") -> Official:
     exploding, flow = sde == "ve", {"name": "identity"}
+    sizes = {"nf": 128, "ch_mult": [1, 2, 2, 2], "attn_resolutions": [16], "dropout": 0.1, "centered": not exploding}
     score = {
         "name": "ncsnpp",
-        "nf": 128,
-        "ch_mult": [1, 2, 2, 2],
+        **sizes,
         "num_res_blocks": blocks,
-        "attn_resolutions": [16],
-        "dropout": 0.1,
         # Fourier features where the configuration leaves the embedding at its default: continuous VE
         "embedding": "fourier" if exploding and not discrete else "positional",
         "fourier_scale": 16.0,
         "fir": network == "ncsnpp",
         "progressive_input": "residual" if network == "ncsnpp" else "none",
-        "centered": not exploding,
     }
+    if network == "ddpm":
+        score = {"name": "ddpm_unet", **sizes, "num_res_blocks": 2}
     if exploding:
         # published for data in [0, 1], sigma from 0.01 to 50: in units of [-1, 1] both double
         process = {"name": "ve", "sigma_min": 0.02, "sigma_max": 100.0}
@@ -78,15 +89,29 @@ CONFIGS: dict[str, Official] = {
     "vp/cifar10_ncsnpp": _official("vp", "ncsnpp", discrete=True),
     "vp/cifar10_ncsnpp_continuous": _official("vp", "ncsnpp"),
     "vp/cifar10_ncsnpp_deep_continuous": _official("vp", "ncsnpp", 8),
+    "vp/ddpm/cifar10": _official("vp", "ddpm", discrete=True),
+    "vp/ddpm/cifar10_continuous": _official("vp", "ddpm"),
+    "subvp/cifar10_ddpm_continuous": _official("subvp", "ddpm"),
     "subvp/cifar10_ddpmpp_continuous": _official("subvp", "ddpmpp"),
     "subvp/cifar10_ddpmpp_deep_continuous": _official("subvp", "ddpmpp", 8),
     "subvp/cifar10_ncsnpp_continuous": _official("subvp", "ncsnpp"),
     "subvp/cifar10_ncsnpp_deep_continuous": _official("subvp", "ncsnpp", 8),
+    "ve/cifar10_ddpm": _official("ve", "ddpm", discrete=True),
     "ve/cifar10_ncsnpp": _official("ve", "ncsnpp", discrete=True),
     "ve/cifar10_ncsnpp_continuous": _official("ve", "ncsnpp"),
     "ve/cifar10_ncsnpp_deep_continuous": _official("ve", "ncsnpp", 8),
 }
 """Names are those of the official files under ``configs/``, without the ending."""
+
+UNBUILT = (
+    "vp/ddpm/cifar10_unconditional",
+    "ve/ncsn/cifar10",
+    "ve/ncsn/cifar10_124",
+    "ve/ncsn/cifar10_1245",
+    "ve/ncsn/cifar10_5",
+    "ve/ncsnv2/cifar10",
+)
+"""Official files whose networks the official code itself fails on building, with errors of names and of types."""
 
 INDM_CONFIGS: dict[str, Official] = {
     "vp/CIFAR10/indm_nll": _official("vp", "ddpmpp", space="latents"),
@@ -105,6 +130,9 @@ def official(kind: str, config: str) -> Official:
     """A configuration by name, to change as wanted; InputError for an unknown kind or name."""
     if kind not in KINDS:
         raise InputError(f"--kind {kind}: unknown; accepted: {', '.join(KINDS)}")
+    if kind == "score_sde" and config in UNBUILT:
+        reason = "the official code itself fails on building its network, so that no checkpoint exists"
+        raise InputError(f"--config {config}: {reason}; accepted: {', '.join(KINDS[kind])}")
     if config not in KINDS[kind]:
         raise InputError(f"--config {config}: unknown to {kind}; accepted: {', '.join(KINDS[kind])}")
     return copy.deepcopy(KINDS[kind][config])
@@ -123,7 +151,63 @@ class Entry(NamedTuple):
     transposed: bool = False
 
 
-def layout(net: NCSNpp) -> list[Entry]:
+def layout(net: nn.Module) -> list[Entry]:
+    """Every parameter of ``net``, an NCSNpp or a DDPMUNet, with the official names, in the order of their modules."""
+    return unet_layout(net) if isinstance(net, DDPMUNet) else ncsnpp_layout(net)
+
+
+def unet_layout(net: DDPMUNet) -> list[Entry]:
+    """Every parameter of ``net`` with the official names, in the order of the official modules."""
+    entries: list[Entry] = []
+    number = 0
+
+    def pair(own: str, inner: str = "", kinds: tuple[str, str] = ("weight", "bias")) -> None:
+        for kind, official in zip(("weight", "bias"), kinds, strict=True):
+            # official matrices act from the right
+            entries.append(Entry(f"unet.{own}.{kind}", (f"all_modules.{number}{inner}.{official}",), official == "W"))
+
+    def module(own: str, inner: str = "") -> None:
+        nonlocal number
+        pair(own, inner)
+        number += 1
+
+    def block(own: str, part: nn.Module) -> None:
+        nonlocal number
+        for mine, theirs in UNET_BLOCK.items():
+            pair(f"{own}.{mine}", f".{theirs}")
+        if part.conv_shortcut is not None:
+            pair(f"{own}.conv_shortcut", ".NIN_0", ("W", "b"))
+        number += 1
+
+    def steps(own: str, level: nn.Module) -> None:
+        nonlocal number
+        attentions = getattr(level, "attentions", [])
+        for i, part in enumerate(level.resnets):
+            block(f"{own}.resnets.{i}", part)
+            if i < len(attentions) and not isinstance(attentions[i], nn.Identity):
+                pair(f"{own}.attentions.{i}.group_norm", ".GroupNorm_0")
+                for mine, theirs in UNET_ATTENTION.items():
+                    pair(f"{own}.attentions.{i}.{mine}", f".{theirs}", ("W", "b"))
+                number += 1
+
+    module("time_embedding.linear_1")
+    module("time_embedding.linear_2")
+    module("conv_in")
+    for i, level in enumerate(net.unet.down_blocks):
+        steps(f"down_blocks.{i}", level)
+        if level.downsamplers is not None:
+            module(f"down_blocks.{i}.downsamplers.0.conv", ".Conv_0")
+    steps("mid_block", net.unet.mid_block)
+    for i, level in enumerate(net.unet.up_blocks):
+        steps(f"up_blocks.{i}", level)
+        if level.upsamplers is not None:
+            module(f"up_blocks.{i}.upsamplers.0.conv", ".Conv_0")
+    module("conv_norm_out")
+    module("conv_out")
+    return entries
+
+
+def ncsnpp_layout(net: NCSNpp) -> list[Entry]:
     """Every parameter of ``net`` in the order of the official modules, with the official names."""
     entries: list[Entry] = []
     number = 0
@@ -246,7 +330,7 @@ def _check_tensor(where: str, value: Any) -> None:
         raise InputError(f"{where} = a tensor of {value.dtype}: accepted: floating-point numbers")
 
 
-def convert(path: Path, tensors: Mapping[str, Tensor], net: NCSNpp, config: str) -> dict[str, Tensor]:
+def convert(path: Path, tensors: Mapping[str, Tensor], net: nn.Module, config: str) -> dict[str, Tensor]:
     """The state of ``net``, float32, from tensors by official name; ``net`` may lie on the device "meta".
 
     InputError, in one line, for the first tensor that is missing, unexpected, of another shape or not finite.
@@ -255,7 +339,7 @@ def convert(path: Path, tensors: Mapping[str, Tensor], net: NCSNpp, config: str)
     for entry in layout(net):
         wanted = list(own[entry.own].shape)
         wanted[0] //= len(entry.official)
-        wanted = wanted[::-1] if entry.transposed else wanted
+        wanted = wanted[1::-1] if entry.transposed else wanted  # a convolution of 1 x 1 pixels is a matrix there
         parts = []
         for name in entry.official:
             if name not in tensors:
@@ -267,7 +351,7 @@ def convert(path: Path, tensors: Mapping[str, Tensor], net: NCSNpp, config: str)
                 raise InputError(f"{path}: {name} holds a value that is not finite; accepted: finite numbers")
             parts.append(part.T if entry.transposed else part)
         used |= set(entry.official)
-        state[entry.own] = torch.cat(parts).float().contiguous()
+        state[entry.own] = torch.cat(parts).float().reshape(own[entry.own].shape).contiguous()
     unexpected = sorted(set(tensors) - used)
     if unexpected:
         raise InputError(f"{path}: {unexpected[0]}: unexpected; accepted: the network of {config}, which has no such")

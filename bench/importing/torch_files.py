@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.errors import InputError
+from bench.untrusted import check_pickle, check_zip
 
 LONGEST_REASON = 160
 
@@ -25,18 +26,49 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; accepted: a checkpoint that torch.save wrote")
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         raise InputError(
             f"{path}: not a zip archive as PyTorch writes since 1.6; accepted: the file saved again by torch.save there"
         )
+    pickles = [member for member in check_zip(path, stored_only=True) if member.filename.endswith("data.pkl")]
     try:
+        with zipfile.ZipFile(path) as archive:
+            for member in pickles:
+                check_pickle(archive.read(member))
         with _nothing_declared_safe():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged archive may raise anything; nothing of it has been executed
         raise InputError(f"{path}: refused ({_reason(error)}); accepted: tensors and plain data only") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; accepted: a mapping of names to values")
+    _check_tensors(path, content)
     return content
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its end says that it is one of several files
+        return False
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """Refuse tensors that are more than the file: views of one number as a billion, sparse ones, those of no memory."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+            if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                shape = list(value.shape)
+                raise InputError(f"{path}: lacks numbers of a tensor of shape {shape}; accepted: files that hold all")
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
 
 
 @contextmanager
