@@ -1,10 +1,11 @@
-"""`indm-bench`: the command line. Exit code 0, 2 for bad input (one line), 1 for failure.
+"""`indm-bench`: the command line. Exit code 0; 2 for bad input (one line); 1 for failure; 75 when asked to stop.
 
 Heavy packages are imported inside the commands, so that `--help` and `list` answer at once.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from bench.errors import InputError
+from bench.errors import InputError, RunFailure
 
 app = typer.Typer(
     help="Train diffusion models alike, measure them alike, and put the numbers side by side.",
@@ -23,6 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# of a path that cannot be: too long, through a file, a folder where a file is meant
+IMPOSSIBLE_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
 SuiteName = Annotated[str, typer.Argument(metavar="SUITE", help="Name of a suite: experiments/SUITE.yaml.")]
 VariantName = Annotated[str, typer.Argument(metavar="VARIANT", help="A variant of the suite.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Only this seed.")]
@@ -30,6 +34,9 @@ OneSeed = Annotated[int | None, typer.Option("--seed", help="The run's seed (def
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Only this data set.")]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", help="Runs at once (default: from the cores; 1 on a GPU).")
+]
+MinutesOption = Annotated[
+    float | None, typer.Option("--minutes", help="Stop in good time before so many minutes have passed.")
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -161,12 +168,29 @@ def run(
     seed: SeedOption = None,
     dataset: DatasetOption = None,
     workers: WorkersOption = None,
+    minutes: MinutesOption = None,
     settings: SetOption = None,
 ) -> None:
-    """The whole suite without DVC: references, features, train, evaluate, report, page. A failed run stops no other."""
+    """The whole suite without DVC: references, features, train, evaluate, report, page. A failed run stops no other.
+
+    With --minutes in pieces: exit code 75 means that work is left, and that the same command continues it.
+    """
     from bench.commands import run_suite
 
-    run_suite(suite, variant, seed, dataset, workers, settings)
+    run_suite(suite, variant, seed, dataset, workers, settings, minutes)
+
+
+@app.command()
+def repro(
+    suite: SuiteName,
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", metavar="LIST", help="E.g. 0,1,2,3, or cpu,cpu (default: all visible).")
+    ] = None,
+) -> None:
+    """Reproduce a suite through DVC, its stages side by side on several GPUs, each stage on one. Code 75: stopped."""
+    from bench.on_devices import reproduce_on
+
+    raise typer.Exit(reproduce_on(suite, gpus))
 
 
 @app.command()
@@ -190,11 +214,16 @@ def sample(
 
 
 @app.command()
-def plan(suite: SuiteName, settings: SetOption = None) -> None:
-    """What a suite costs: runs, images, and an estimate of the time from a short measurement on this machine."""
+def plan(
+    suite: SuiteName,
+    minutes: MinutesOption = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Also the time on so many devices like this one.")] = None,
+    settings: SetOption = None,
+) -> None:
+    """What a suite costs: runs, images, time from a short measurement on this machine, arithmetic, memory, disk."""
     from bench.plan import print_plan
 
-    print_plan(suite, settings or [])
+    print_plan(suite, settings or [], minutes, gpus)
 
 
 @app.command()
@@ -246,6 +275,23 @@ def estimators(
 
 
 @app.command()
+def performance(
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write (default: reports/performance).")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or gpu (default: gpu if there is one).")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Cases that begin so; repeatable.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure finished cases too.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds: a rehearsal.")] = False,
+    limit_seconds: Annotated[float | None, typer.Option("--limit-seconds", help="Begin no case after that.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Measure nothing: write index.md from the record.")] = False,
+) -> None:
+    """Measure the speed of steps, likelihoods and samples, a case at a time; the same command continues."""
+    from bench.performance.command import run_performance
+
+    if run_performance(out, device, only or (), again, quick, limit_seconds, report):
+        raise typer.Exit(1)
+
+
+@app.command()
 def pipeline(
     check: Annotated[bool, typer.Option("--check", help="Only say whether the files are up to date.")] = False,
 ) -> None:
@@ -270,6 +316,11 @@ def execute(arguments: Sequence[str] | None = None) -> int:
         problem = error
     except typer.Abort:
         return 130
+    except BrokenPipeError:
+        raise
+    except (RunFailure, OSError) as error:  # the disk is full, a folder is read-only
+        print(f"indm-bench: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if getattr(error, "errno", None) in IMPOSSIBLE_NAMES else 1
     except Exception as error:
         # the parser's own errors, of whichever click the installed Typer brings
         if not hasattr(error, "format_message"):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
+from bench import seals, stopping
 from bench.config import RunConfig, Suite, features_file, load_suite, read_run, reports_root
 from bench.errors import InputError
 from bench.provenance import usable_cores
 from bench.workers import Cell, ask_server, default_workers, run_beside, run_here
+
+# a classifier sees its data set so often, and so many images at most: one thread of a CPU trains it in a minute or two
+CLASSIFIER_EPOCHS, CLASSIFIER_IMAGES = 12, 150_000
 
 
 def run_stage(
@@ -25,19 +30,65 @@ def run_stage(
     workers: int | None = None,
     settings: Sequence[str] | None = None,
 ) -> None:
-    """Train or evaluate the chosen runs. Bad input in any stops all before any work; typer.Exit(1) on failure."""
-    suite = load_suite(suite_name, settings or [])
-    check_workers(workers)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        workers = 1  # the processes that torchrun started share each run
-    side_by_side = workers != 1 and usable_cores() > 1 and suite.count(variant, seed, dataset) > 1
-    arguments = (suite, variant, seed, dataset)
-    runs, device_for_one = ask_server(stage, resolve, *arguments) if side_by_side else resolve(*arguments)
+    """Train or evaluate the chosen runs. Bad input in any stops all before any work; typer.Exit(1) on failure.
+
+    typer.Exit(75) where an end was asked for before all was done (bench.stopping).
+    """
+    with ending_on_request():
+        _run_stage(stage, suite_name, variant, seed, dataset, workers, settings)
+
+
+@contextmanager
+def ending_on_request() -> Iterator[None]:
+    """Signals ask for an end, and Stopped becomes one line and typer.Exit(75)."""
+    with stopping.stoppable():
+        try:
+            yield
+        except stopping.Stopped as stopped:
+            print(f"indm-bench: stopped ({stopped}); the same command continues", file=sys.stderr)
+            raise typer.Exit(stopping.EXIT_CODE) from None
+
+
+def _run_stage(
+    stage: str,
+    suite_name: str,
+    variant: str | None,
+    seed: int | None,
+    dataset: str | None,
+    workers: int | None,
+    settings: Sequence[str] | None,
+) -> None:
+    with one_voice():
+        suite = load_suite(suite_name, settings or [])
+        check_workers(workers)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            workers = 1  # the processes that torchrun started share each run
+        side_by_side = workers != 1 and usable_cores() > 1 and suite.count(variant, seed, dataset) > 1
+        arguments = (suite, variant, seed, dataset)
+        runs, device_for_one = ask_server(stage, resolve, *arguments) if side_by_side else resolve(*arguments)
     if workers is None and device_for_one:
         workers = 1
     failed = work(stage, suite, runs, workers)
     if failed:
         raise typer.Exit(2 if all(cell.bad_input for cell in failed) else 1)
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """A block in which bad input that any of several processes finds ends them all, told by the first alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    from bench import sharding
+
+    sharding.join()
+    try:
+        with sharding.session():
+            yield
+    except InputError:
+        if sharding.team().rank:
+            raise typer.Exit(2) from None
+        raise
 
 
 def resolve(suite: Suite, variant: str | None, seed: int | None, dataset: str | None) -> tuple[list[RunConfig], bool]:
@@ -54,7 +105,10 @@ def check_workers(workers: int | None) -> None:
 
 
 def work(stage: str, suite: Suite, runs: Sequence[RunConfig], workers: int | None) -> list[Cell]:
-    """Do the runs' stage, tell of each failure on stderr, and return the failed cells."""
+    """Do the runs' stage, tell of each failure on stderr, and return the failed cells.
+
+    Raises Stopped, once the failures are told, where an end was asked for before all were done.
+    """
     cells = [Cell(label(suite, run), run) for run in runs]
     if workers is None:
         workers = default_workers(len(cells), usable_cores())
@@ -67,7 +121,12 @@ def work(stage: str, suite: Suite, runs: Sequence[RunConfig], workers: int | Non
         if cell.log:
             print(f"--- {stage} {cell.label}\n{cell.log.rstrip()}", file=sys.stderr)
     for cell in failed:
-        print(f"indm-bench: {stage} {cell.label}: {cell.error}", file=sys.stderr)
+        if not (cell.shared and int(os.environ.get("RANK", 0))):  # several processes speak with one voice
+            print(f"indm-bench: {stage} {cell.label}: {cell.error}", file=sys.stderr)
+    left = sum(cell.stopped for cell in cells)
+    if left:
+        reason = stopping.requested() or "another process was asked to stop"
+        raise stopping.Stopped(f"{reason}: {stage}: {left} of {len(cells)} runs not done")
     return failed
 
 
@@ -84,8 +143,11 @@ def train_features(suite_name: str, runs: Sequence[RunConfig] | None = None) -> 
     from bench.settings import FEATURE_DIMS
 
     for name in feature_datasets(load_suite(suite_name).runs() if runs is None else runs):
+        stopping.check()
         path = features_file(suite_name, name)
-        accuracy = train_classifier(load(name), path, features=FEATURE_DIMS["classifier"])
+        data = load(name)
+        epochs = max(1, min(CLASSIFIER_EPOCHS, CLASSIFIER_IMAGES // len(data.train)))
+        accuracy = train_classifier(data, path, epochs=epochs, features=FEATURE_DIMS["classifier"])
         print(f"{name}: classifier of {100 * accuracy:.1f} % test accuracy in {path}")
 
 
@@ -146,22 +208,62 @@ def run_suite(
     dataset: str | None = None,
     workers: int | None = None,
     settings: Sequence[str] | None = None,
+    minutes: float | None = None,
 ) -> None:
-    """All stages of a suite in process. The report is written from what succeeded; typer.Exit(1) if anything failed."""
-    suite = load_suite(suite_name, settings or [])
-    check_workers(workers)
-    runs, device_for_one = resolve(suite, variant, seed, dataset)
-    if workers is None and device_for_one:
-        workers = 1
-    write_references(suite_name)
-    train_features(suite_name, runs)
-    failed = work("train", suite, runs, workers)
+    """All stages of a suite in process. The report is written from what succeeded; typer.Exit(1) if anything failed.
+
+    typer.Exit(75), and no report, where an end was asked for before all was done (bench.stopping). ``minutes``: ask for
+    it in good time before so many have passed, and say what is left.
+    """
+    with ending_on_request():
+        if minutes is not None:
+            from bench.budget import seconds_to_work
+
+            stopping.set_deadline(seconds_to_work(minutes))
+        suite = load_suite(suite_name, settings or [])
+        check_workers(workers)
+        runs, device_for_one = resolve(suite, variant, seed, dataset)
+        workers = 1 if workers is None and device_for_one else workers
+        try:
+            _run_suite(suite, runs, workers, minutes)
+        except stopping.Stopped:
+            tell_left(suite, runs, workers, minutes)
+            raise
+
+
+def _run_suite(suite: Suite, runs: Sequence[RunConfig], workers: int | None, minutes: float | None) -> None:
+    from bench.budget import left_of
+
+    left = left_of(runs)
+    if minutes is not None or len(left.evaluate) < len(runs):
+        tell_left(suite, runs, workers, minutes)
+    waiting = {label(suite, run) for run in left.train}
+    for run in runs:
+        if label(suite, run) not in waiting:
+            (run.folder / "failure.json").unlink(missing_ok=True)  # of another configuration that was tried here
+    if left.evaluate:
+        train_features(suite.name, runs)
+    failed = work("train", suite, left.train, workers) if left.train else []
     lost = {cell.label for cell in failed}
-    failed += work("evaluate", suite, [run for run in runs if label(suite, run) not in lost], workers)
-    write_report(suite_name)
+    measurable = [run for run in left.evaluate if label(suite, run) not in lost]
+    failed += work("evaluate", suite, measurable, workers) if measurable else []
+    # last, so that nothing computed can be lost by a table or a figure
+    stopping.check()
+    write_references(suite.name)
+    stopping.check()
+    write_report(suite.name)
     write_report(None)
     if failed:
         raise typer.Exit(1)
+
+
+def tell_left(suite: Suite, runs: Sequence[RunConfig], workers: int | None, minutes: float | None) -> None:
+    """One line on what the runs' files say is done, what is left, and how many pieces of ``minutes`` that takes."""
+    from bench.budget import left_of
+
+    left = left_of(runs)
+    side_by_side = default_workers(len(left.evaluate), usable_cores()) if workers is None else workers
+    print(f"{suite.name}: {left.describe(minutes, side_by_side)}", flush=True)
 
 
 def trained_run(suite_name: str, variant: str, seed: int | None, dataset: str | None) -> RunConfig:
@@ -220,6 +322,8 @@ def draw_samples(
 def export_run(suite_name: str, variant: str, seed: int | None, dataset: str | None, out: Path) -> None:
     """Copy weights (with the configuration in their metadata), `config.yaml` and `provenance.json`."""
     run = trained_run(suite_name, variant, seed, dataset)
+    if damaged := seals.damage(run.folder, seals.TRAIN):
+        raise InputError(f"{run.folder}: {next(iter(damaged.values()))}; accepted: train the run again first")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: this folder is not empty")
     out.mkdir(parents=True, exist_ok=True)
@@ -271,4 +375,5 @@ def measure_pretrained(
     record = read_json(run.folder / "likelihood.json")
     numbers = {key: (record[key] or {}).get("corrected") for key in ("nll", "nelbo")}
     said = [f"{key.upper()} {value['total']:.4f} {record['units']}" for key, value in numbers.items() if value]
-    print(f"{run.variant}: {', '.join(said) or record['status']}; {run.folder}")
+    if not int(os.environ.get("RANK", 0)):  # of several processes, one speaks
+        print(f"{run.variant}: {', '.join(said) or record['status']}; {run.folder}")

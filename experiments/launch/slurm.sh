@@ -4,13 +4,13 @@
 #   one node:   sbatch --nodes=1 --gpus-per-node=8 experiments/launch/slurm.sh cifar10 indm-vp-nll --seed 0
 #   two nodes:  sbatch --nodes=2 --gpus-per-node=8 experiments/launch/slurm.sh cifar10 indm-vp-nll --seed 0
 #
-# What follows the script's name goes to `indm-bench train`: SUITE VARIANT, --seed N, --dataset NAME, --set KEY=VALUE.
+# What follows the script's name goes to `indm-bench $STAGE`, by default train: SUITE VARIANT, --seed N, --dataset NAME, --set KEY=VALUE.
 # train.batch_size is the global batch; it must be divisible by the number of processes, nodes x GPUs.
 #
 # Submit it in the repository, with the virtual environment activated, from a file system that all nodes share: each
 # process reads the checkpoints, the first one writes. A job that was requeued, or submitted again with any number of
-# processes, continues from the last checkpoint. Evaluation is not distributed: run `indm-bench evaluate` afterwards,
-# one run on each GPU.
+# processes, continues from the last checkpoint. With STAGE=evaluate in the environment the processes share the
+# evaluation instead, which continues likewise.
 
 #SBATCH --job-name=indm-bench
 #SBATCH --nodes=1
@@ -53,4 +53,4 @@ srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$host:$port" \
     --max-restarts=0 \
-    -m bench.cli train "$@" --workers 1
+    -m bench.cli "${STAGE:-train}" "$@" --workers 1
