@@ -2,7 +2,7 @@
 # make test    install, then run the fast tests
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help repro repro-all test bench lint lock setup clean-runs
+.PHONY: help repro repro-all test bench lint audit lock setup clean-runs
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -32,6 +32,9 @@ bench: $(STAMP)  ## run the performance cases
 lint: $(STAMP)  ## check style
 	@ruff check .
 	@ruff format --check .
+
+audit: $(STAMP)  ## look the locked packages up among known vulnerabilities
+	@$(PYTHON) .ci/audit
 
 setup: $(STAMP)  ## create .venv and install the locked packages
 

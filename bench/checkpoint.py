@@ -6,31 +6,26 @@ stage whose outputs DVC deleted resumes where it was, and a changed configuratio
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.errors import InputError
-from bench.files import read_json, write_json
+from bench.files import file_hash, read_hashed_json, write_hashed_json
+from bench.locks import checkpoint_root as checkpoint_root
+from bench.locks import exclusive as exclusive
+from bench.locks import exclusive_results as exclusive_results
 
 KEEP = 2
+STATE, META = "state.safetensors", "meta.json"
 RAW_WEIGHTS = "raw.safetensors"  # of the last step, beside the averaged ones
-
-
-def checkpoint_root() -> Path:
-    """``.checkpoints``, beside the runs folder unless INDM_BENCH_CHECKPOINTS says otherwise."""
-    return Path(os.environ.get("INDM_BENCH_CHECKPOINTS", ".checkpoints"))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
@@ -51,38 +46,57 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Publish ``folder/<step>``; older checkpoints beyond the last two are removed afterwards."""
+    """Publish ``folder/<step>``; then remove older checkpoints beyond the last two, and later ones."""
     final = folder / f"{step:09d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    # shared storage is refused by safetensors; clones make every tensor its own
-    save_file(
-        {name: value.detach().contiguous().clone() for name, value in tensors.items()}, temporary / "state.safetensors"
-    )
-    with open(temporary / "state.safetensors", "rb") as stream:
-        os.fsync(stream.fileno())
-    write_json(temporary / "meta.json", {"step": step} | meta)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for old in published(folder)[:-KEEP]:
+    try:
+        temporary.mkdir(parents=True)
+        state = temporary / STATE
+        # shared storage is refused by safetensors; clones make every tensor its own
+        write_tensors({name: value.detach().contiguous().clone() for name, value in tensors.items()}, state)
+        write_hashed_json(temporary / META, {"step": step} | meta | {"state_sha256": file_hash(state)})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    present = published(folder)
+    # a run that stands here could not resume from a later one: damaged, or of other code
+    unusable = [path for path in present if path.name > final.name]
+    for old in [path for path in present if path.name <= final.name][:-KEEP] + unusable:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors, on the disk when it returns; OSError, which names the file, where it cannot be written."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def published(folder: Path) -> list[Path]:
     """Complete checkpoints of ``folder``, oldest first."""
-    return sorted(p for p in folder.glob("[0-9]*") if (p / "meta.json").is_file())
+    return sorted(p for p in folder.glob("[0-9]*") if (p / META).is_file())
 
 
 def load_checkpoint(
     folder: Path, device: str | torch.device = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors, meta) of the newest readable checkpoint, or None; a damaged one is passed over for the one before."""
+    """(tensors, meta) of the newest checkpoint whose content has its hash, or None; others are named and passed over.
+
+    Hashes are of the state's file, in meta.json, and of meta.json's own content, in itself.
+    """
     for path in reversed(published(folder)):
         try:
-            return load_file(path / "state.safetensors", device=str(device)), read_json(path / "meta.json")
+            meta = read_hashed_json(path / META)
+            if meta.pop("state_sha256", None) != file_hash(path / STATE):
+                raise ValueError(f"{path / STATE}: its content differs from its hash in {META}")
+            return load_file(path / STATE, device=str(device)), meta
         except (SafetensorError, ValueError, OSError) as error:
-            print(f"checkpoint {path.name} cannot be read ({error}); trying the one before")
+            print(f"{' '.join(str(error).split())}; trying the checkpoint before", file=sys.stderr)
     return None
 
 
@@ -98,37 +112,10 @@ def save_weights(
     """Write ``folder``/``name`` with the configuration in its metadata, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     # outside the folder, which DVC takes as it is: a kill must not leave half a file in it
-    temporary = folder.parent / f".weights.{os.getpid()}.safetensors"
+    temporary = folder.parent / f".weights.writing-{os.getpid():08d}.safetensors"
     clones = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    save_file(clones, temporary, metadata={"config": json.dumps(config, sort_keys=True)})
-    with open(temporary, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, folder / name)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
-    """Hold a run's checkpoint folder against a second process; InputError if another one is training that run.
-
-    The lock is the operating system's: it goes with the process, however that ends. ``wanted``: only the main process
-    of several takes it.
-    """
-    if not wanted:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(
-            f"{folder.name}: another process is training this run; accepted: wait for it to end"
-        ) from error
-    with lock:
-        yield
+        write_tensors(clones, temporary, {"config": json.dumps(config, sort_keys=True)})
+        os.replace(temporary, folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -7,10 +7,10 @@ called.
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench.errors import InputError
+from bench.untrusted import Bounded, check_pickle, most_unpacked
 
 TRAIN_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_BATCH = "test_batch"
@@ -87,9 +88,10 @@ def parse_batch(content: bytes, source: str) -> Arrays:
     could run.
     """
     try:
+        check_pickle(content)
         batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle may raise anything; nothing of it has been executed
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise InputError(f"{source}: not an official CIFAR-10 batch ({reason})") from error
     if not isinstance(batch, dict):
         raise InputError(
@@ -127,7 +129,7 @@ def read_archive(path: Path) -> tuple[Arrays, Arrays]:
     members: dict[str, bytes] = {}
     wanted = {*TRAIN_BATCHES, TEST_BATCH}
     try:
-        with tarfile.open(path, "r|gz") as archive:
+        with gzip.open(path) as unpacked, _tar(unpacked, path) as archive:
             for member in archive:
                 name = member.name.rsplit("/", 1)[-1]
                 if not member.isfile() or name not in wanted:
@@ -136,8 +138,10 @@ def read_archive(path: Path) -> tuple[Arrays, Arrays]:
                     raise InputError(f"{path}: member {member.name} has {member.size} bytes, too many for a batch")
                 stream = archive.extractfile(member)
                 members[name] = stream.read() if stream else b""
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}: damaged archive ({error}); download it again") from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged header may raise anything
+        raise InputError(f"{path}: damaged archive ({' '.join(str(error).split())}); download it again") from error
 
     def content(name: str) -> bytes:
         if name not in members:
@@ -145,6 +149,10 @@ def read_archive(path: Path) -> tuple[Arrays, Arrays]:
         return members[name]
 
     return _assemble(content, str(path))
+
+
+def _tar(unpacked: gzip.GzipFile, path: Path) -> tarfile.TarFile:
+    return tarfile.open(fileobj=Bounded(unpacked, most_unpacked(path.stat().st_size), str(path)), mode="r|")
 
 
 def _assemble(content: Callable[[str], bytes], source: str) -> tuple[Arrays, Arrays]:

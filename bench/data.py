@@ -177,9 +177,16 @@ def load(name: str, data_dir: Path | str | None = None) -> Dataset:
     if name == "digits":
         return _load_digits()
     if name.startswith("folder:") and name != "folder:":
-        folder = Path(name.removeprefix("folder:")).expanduser()
-        # only the folder's own name: a result must not carry a machine's paths
-        return _from_images(f"folder:{folder.resolve().name}", image_files.read_folder(folder))
+        try:
+            folder = Path(name.removeprefix("folder:")).expanduser()
+            # only the folder's own name: a result must not carry a machine's paths
+            own = folder.resolve().name
+            images = image_files.read_folder(folder)
+        except InputError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, of no user, through a loop of links
+            raise InputError(f"dataset {name[:200]}: {' '.join(str(error).split())[:200]}") from error
+        return _from_images(f"folder:{own}", images)
     if name in _FILES:
         data = _FILES[name](Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "data").expanduser())
         complete = name != "cifar10" or (len(data.train), len(data.test)) == CIFAR10_COUNTS

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import lzma
-import struct
+import os
 import tarfile
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -26,11 +24,15 @@ from tqdm import tqdm
 from bench import cifar
 from bench.errors import InputError
 from bench.files import atomic_path
+from bench.untrusted import RATIO, Bounded, XzStream, check_zip, most_unpacked
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MODES = ("RGB", "L")
+ARRAYS = ("train_images", "test_images", "train_labels", "test_labels")  # of an .npz file
 TEST_EVERY = 10  # in a folder without a split, every tenth image in name order is a test image
-_DAMAGED = (OSError, EOFError, KeyError, ValueError, SyntaxError, struct.error, zipfile.BadZipFile, zlib.error)
+LARGEST_FILE = 64 * 2**20  # bytes of one image file
+LARGEST_IMAGE = 2**24  # pixels
+MOST_CLASSES = 10_000
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,12 @@ def read_npz(path: Path) -> Images:
     Labels that are not one integer per image are left out with a warning: no likelihood and no distance needs them.
     """
     try:
+        check_zip(path)
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            found = {key: file[key] for key in file.files}
-    except _DAMAGED as error:
-        raise InputError(f"{path}: not a readable .npz file of plain arrays ({error})") from error
+            found = {key: file[key] for key in file.files if key in ARRAYS}
+    except Exception as error:  # a damaged array may raise anything
+        reason = _one_line(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: not a readable .npz file of plain arrays ({reason})") from error
     arrays, labels = [], []
     for part in ("train", "test"):
         key = f"{part}_images"
@@ -120,15 +124,21 @@ def read_npz(path: Path) -> Images:
     return Images(*arrays, *labels)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 def _labels(labels: np.ndarray | None, count: int, source: str) -> np.ndarray | None:
     if labels is None:
         return None
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        warnings.warn(
-            f"{source} is {labels.dtype} {labels.shape}, not integers ({count},); labels left out", stacklevel=2
-        )
-        return None
-    return labels.astype(np.int64)
+        problem = f"is {labels.dtype} {labels.shape}, not integers ({count},)"
+    elif not np.all((labels >= 0) & (labels < MOST_CLASSES)):
+        problem = f"holds a number outside 0..{MOST_CLASSES - 1}"
+    else:
+        return labels.astype(np.int64)
+    warnings.warn(f"{source} {problem}; labels left out", stacklevel=2)
+    return None
 
 
 def read_folder(folder: Path) -> Images:
@@ -148,11 +158,12 @@ def read_folder(folder: Path) -> Images:
     )
     digest = hashlib.sha256()
     for name, path in paths:
-        digest.update(f"{name}:".encode() + hashlib.sha256(_read(path)).digest())
+        digest.update(os.fsencode(f"{name}:") + hashlib.sha256(_read(path)).digest())
 
     def decode() -> Images:
         bar = tqdm(paths, desc=f"decoding {folder.name}", unit="image", disable=None, leave=False)
-        return _assemble(((name, _decode(_read(path), str(path))) for name, path in bar), folder)
+        stored = sum(path.stat().st_size for _, path in paths)
+        return _assemble(((name, _decode(_read(path), str(path))) for name, path in bar), folder, stored)
 
     return _cached(folder, digest.hexdigest(), decode)
 
@@ -164,44 +175,63 @@ def _is_image(name: str) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as stream:
+            content = stream.read(LARGEST_FILE + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(content) > LARGEST_FILE:
+        raise InputError(f"{path}: larger than {LARGEST_FILE} bytes; accepted: images below that")
+    return content
 
 
 def read_archive(path: Path) -> Images:
     """Read a .tar.xz archive of images in memory; the same layouts, order and cache as ``read_folder``."""
     with open(path, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    stored = path.stat().st_size
 
     def images() -> Iterator[tuple[str, np.ndarray]]:
         try:
-            with tarfile.open(path, "r|xz") as archive:
+            with open(path, "rb") as packed, _tar(packed, path, stored) as archive:
                 for member in tqdm(archive, desc=f"decoding {path.name}", unit="image", disable=None, leave=False):
                     name = member.name.removeprefix("./")
                     if member.isfile() and _is_image(name):
+                        if member.size > LARGEST_FILE:
+                            raise InputError(f"{path}: {name} has {member.size} bytes; accepted: up to {LARGEST_FILE}")
                         stream = archive.extractfile(member)
                         yield name, _decode(stream.read() if stream else b"", f"{path}: {name}")
-        except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
-            raise InputError(f"{path}: damaged archive ({error}); copy it again") from error
+        except InputError:
+            raise
+        except Exception as error:  # a damaged header may raise anything
+            raise InputError(f"{path}: damaged archive ({_one_line(error)}); copy it again") from error
 
-    return _cached(path, digest, lambda: _assemble(images(), path))
+    return _cached(path, digest, lambda: _assemble(images(), path, stored))
+
+
+def _tar(packed: BinaryIO, path: Path, stored: int) -> tarfile.TarFile:
+    return tarfile.open(fileobj=Bounded(XzStream(packed), most_unpacked(stored), str(path)), mode="r|")
 
 
 def _decode(content: bytes, source: str) -> tuple[str, np.ndarray]:
     """Decode one file: its mode and its pixels, uint8 (3, H, W); grey images are repeated to three channels."""
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-            mode = image.mode
+            mode, size = image.mode, image.size
+            if mode not in MODES:
+                raise InputError(f"{source}: image mode {mode} is not accepted; convert it to 8-bit RGB or grey")
+            if size[0] * size[1] > LARGEST_IMAGE:
+                raise InputError(f"{source}: {size[0]}x{size[1]} pixels; accepted: at most {LARGEST_IMAGE}")
+            if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
+                raise InputError(f"{source}: an animation of {image.n_frames} pictures; accepted: one picture a file")
             pixels = np.asarray(image.convert("RGB"))
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
         raise InputError(f"{source}: not a readable PNG or JPEG image") from error
-    if mode not in MODES:
-        raise InputError(f"{source}: image mode {mode} is not accepted; convert it to 8-bit RGB or grey")
     return mode, pixels.transpose(2, 0, 1)
 
 
-def _assemble(items: Iterator[tuple[str, tuple[str, np.ndarray]]], source: Path) -> Images:
+def _assemble(items: Iterator[tuple[str, tuple[str, np.ndarray]]], source: Path, stored: int) -> Images:
     decoded: dict[str, np.ndarray] = {}
     first: tuple[str, str, tuple[int, ...]] | None = None
     for name, (mode, pixels) in items:
@@ -212,6 +242,8 @@ def _assemble(items: Iterator[tuple[str, tuple[str, np.ndarray]]], source: Path)
                 f"{first[2][2]}x{first[2][1]}; all images must share one mode and size"
             )
         decoded[name] = pixels
+        if len(decoded) * pixels.nbytes > most_unpacked(stored):
+            raise InputError(f"{source}: {stored} bytes unpack to over {RATIO} times as much; accepted: less")
     names = sorted(decoded)
     if len(names) < 2:
         raise InputError(
@@ -255,16 +287,31 @@ def _class(name: str, parts: dict[str, str]) -> str | None:
 
 def _cached(source: Path, digest: str, decode: Callable[[], Images]) -> Images:
     """Images of ``source`` from ``<source>.decoded-<hash>.npz`` beside it, made if absent and the place is writable."""
+    source = source.resolve()
+    if not source.name:
+        return decode()  # nothing lies beside the root
     path = source.with_name(f"{source.name}.decoded-{digest[:16]}.npz")
     if path.is_file():
         # a damaged cache is made again
-        with suppress(*_DAMAGED), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with suppress(Exception), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            check_zip(path)
             labels = [file[key] if key in file.files else None for key in ("train_labels", "test_labels")]
-            return Images(file["train"], file["test"], *labels)
+            return _checked(Images(file["train"], file["test"], *labels))
     images = decode()
     if not source.parent.stat().st_mode & 0o222:  # a folder marked read-only stays untouched, even by root
         return images
     # a full disk only costs the next reader some time
     with suppress(OSError), atomic_path(path) as temporary:
         np.savez(temporary, **{key: value for key, value in vars(images).items() if value is not None})
+    return images
+
+
+def _checked(images: Images) -> Images:
+    """The images of a cache as ``_assemble`` would have made them; ValueError for others."""
+    for pixels, labels in ((images.train, images.train_labels), (images.test, images.test_labels)):
+        fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.size
+        if not fits or not (labels is None or (labels.dtype == np.int64 and labels.shape == pixels.shape[:1])):
+            raise ValueError("not a cache of images")
+    if images.train.shape[1:] != images.test.shape[1:]:
+        raise ValueError("not a cache of images")
     return images

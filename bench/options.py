@@ -18,6 +18,7 @@ from bench.errors import InputError
 
 # arguments that the harness or the model supplies; a component may name more in an attribute ``supplied``
 SUPPLIED = ("self", "shape")
+LARGEST_SIZE = 1_000_000
 
 
 class Schema(BaseModel):
@@ -178,4 +179,15 @@ def resolve_component(
     for part in nested:
         if part in value or parameters[part].default is inspect.Parameter.empty:
             resolved[part] = resolve_component(registries, part, value.get(part), (*path, part))
-    return resolved | validate(schema, own, path).model_dump(mode="json")
+    options = validate(schema, own, path).model_dump(mode="json")
+    _check_sizes(options, path)
+    return resolved | options
+
+
+def _check_sizes(value: Any, path: Sequence[str | int]) -> None:
+    """Refuse whole numbers that only ask for memory: every integer of a component is a width, a depth or a count."""
+    if isinstance(value, int) and abs(value) > LARGEST_SIZE:
+        raise Invalid(path, f" = {show(value)}: must be at most {LARGEST_SIZE}")
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_sizes(item, (*path, key))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-TRAINING_MODULES = ("data", "likelihood", "toy", "train")
+TRAINING_MODULES = ("acceleration", "averages", "data", "likelihood", "optimizers", "toy", "train", "training_data")
 PACKAGES = (
     "torch",
     "torchvision",

@@ -28,6 +28,7 @@ from typing import Any
 
 from bench.errors import InputError
 from bench.report.load import finite, read_csv
+from bench.seals import read_summary
 from bench.statistics import student_quantile
 
 FLOOR = 0.002
@@ -235,5 +236,11 @@ def report(differences: Sequence[Difference], suite: str, write: Callable[[str],
 
 
 def regression(committed: Path, fresh: Path, suite: str, write: Callable[[str], object] | None = None) -> int:
-    """Compare and print; the exit status of ``indm-bench regression SUITE --against COMMITTED``."""
+    """Compare and print; the exit status of ``indm-bench regression SUITE --against COMMITTED``.
+
+    InputError where a table is not the one that its report wrote, or a report holds no hashes of its tables.
+    """
+    for folder in (Path(committed), Path(fresh)):
+        if folder.is_dir():  # an absent one is told of as missing tables
+            read_summary(folder, suite)
     return report(compare(committed, fresh, suite), suite, write)

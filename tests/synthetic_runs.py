@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from bench.claims import CLAIMS
+from bench.files import HASH_KEY, write_hashed_json, write_json
 from bench.report.claims_table import judge
 from bench.report.load import load_runs
 from bench.report.tables import Grid, build
@@ -125,8 +126,9 @@ def write(folder: Path, name: str, record: dict[str, Any]) -> None:
 def edit(folder: Path, name: str, change) -> None:
     """Apply ``change`` to the record of a JSON file."""
     record = json.loads((folder / name).read_text())
+    hashed = record.pop(HASH_KEY, None)
     change(record)
-    (folder / name).write_text(json.dumps(record))
+    (write_hashed_json if hashed else write_json)(folder / name, record)
 
 
 def _likelihood(folder, suite, dataset, variant, seed, flat, nll, gap) -> None:

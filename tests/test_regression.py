@@ -8,9 +8,11 @@ import pytest
 from scipy import stats
 
 from bench.errors import InputError
+from bench.files import write_hashed_json
 from bench.regression import FLOOR, TABLES, compare, regression, tolerance
 from bench.report.cells import Cell, Row, Table, aggregate
 from bench.report.tables import TABLES as MADE
+from bench.seals import report_hashes
 
 
 def likelihood(values: dict[str, dict[int, float]], statuses: dict[str, str] | None = None) -> Table:
@@ -27,6 +29,7 @@ def folder(path, values, statuses=None):
     path.mkdir()
     for name, make in MADE.items():
         (likelihood(values, statuses) if name == "nll_nelbo_gap" else make()).write_csv(path / f"{name}.csv")
+    write_hashed_json(path / "summary.json", {"hashes": report_hashes(path)})
     return path
 
 

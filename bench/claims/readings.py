@@ -44,6 +44,8 @@ def per_image(run: Run, name: str) -> Any:
     record, path = run.likelihood or {}, run.folder / "per_image.npz"
     if run.diverged or LIKELIHOOD in run.problems:
         return run.diverged or run.problems[LIKELIHOOD]
+    if path.name in run.problems:
+        return run.problems[path.name]
     try:
         with np.load(path, allow_pickle=False) as arrays:
             values = arrays[name].astype(np.float64)

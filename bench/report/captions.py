@@ -65,7 +65,7 @@ def scale_words(suite: str, dataset: str, runs: list[Run]) -> str:
     what = "points" if any((run.likelihood or {}).get("units") == "nats" for run in runs) else "images"
     if suite in PAPER_SCALE:
         return f"Trained on {budget} {what}."
-    if dataset.split("-")[0] in PAPER_DATA:
+    if dataset in (*PAPER_DATA, "cifar10-subset"):
         return f"Trained on {budget} {what}: the data are the paper's, or a part of them; the scale is not."
     return f"Trained on {budget} {what}: neither the data set nor the scale is the paper's."
 
@@ -151,8 +151,8 @@ def _curve(runs: list[Run]) -> str:
 
 
 def _quality(runs: list[Run]) -> str:
-    counts = sorted({line.get("n", "") for run in runs for line in run.robustness} - {""}, key=float)
-    n = " or ".join(str(int(float(count))) for count in counts) or "an unknown number of"
+    counts = sorted({count for run in runs for line in run.robustness if (count := finite(line.get("n"))) is not None})
+    n = " or ".join(str(int(count)) for count in counts) or "an unknown number of"
     features = common((run.config.get("evaluate") or {}).get("features") for run in runs)
     reference = common(((run.likelihood or {}).get("protocol") or {}).get("reference") for run in runs)
     against = f"the {reference}{'ing' if reference == 'train' else ''} set" if reference else "the data"

@@ -36,6 +36,8 @@ SAMPLERS = {
     "euler_maruyama": "Euler–Maruyama",
     "predictor_corrector": "predictor-corrector",
     "ode": "the adaptive ODE",
+    "published_ode": "the published ODE sampler",
+    "published_pc": "the published predictor-corrector",
     "heun": "Heun",
     "ddim": "DDIM",
     "ancestral": "ancestral sampling",

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench import seals
 from bench.errors import InputError
 from bench.files import read_json
+from bench.report import shapes
+from bench.studies import STUDIES
 
 SCHEMA = 1
 LIKELIHOOD, CURVE, ROBUSTNESS, PROVENANCE = (
@@ -89,7 +92,7 @@ def finite(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -165,6 +168,13 @@ def _read(suite: str, dataset: str, variant: str, seed: int, folder: Path) -> Ru
         run.problems = dict.fromkeys(FILES, _failure(folder / FAILURE))
         return run
     present = _holds_run(folder)
+    # the report reads no weights
+    run.problems = seals.damage(folder, seals.TRAIN, skip="weights/")
+    run.problems |= seals.damage(folder, seals.EVALUATE, also=[f"{study}.csv" for study in STUDIES])
+    # what stands beside an absent record of its stage is unfinished
+    for record, names in ((PROVENANCE, (CONFIG, CURVE)), (LIKELIHOOD, (ROBUSTNESS,))):
+        if not (folder / record).is_file():
+            run.problems |= dict.fromkeys(names, NOT_EVALUATED if record == LIKELIHOOD else f"{record} missing")
     for name, attribute, reader in (
         (LIKELIHOOD, "likelihood", _read_record),
         (PROVENANCE, "provenance", _read_record),
@@ -173,6 +183,8 @@ def _read(suite: str, dataset: str, variant: str, seed: int, folder: Path) -> Ru
         (ROBUSTNESS, "robustness", read_csv),
     ):
         path = folder / name
+        if name in run.problems and path.is_file():
+            continue  # not what was written
         if not path.is_file():
             evaluated = name in (LIKELIHOOD, ROBUSTNESS)
             run.problems[name] = (NOT_EVALUATED if evaluated else f"{name} missing") if present else RUN_MISSING
@@ -203,6 +215,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise ValueError("not a JSON object")
     if record.get("schema") != SCHEMA:
         raise ValueError(f"schema {record.get('schema')}: this report reads schema {SCHEMA}")
+    shapes.check(record, shapes.LIKELIHOOD if path.name == LIKELIHOOD else shapes.PROVENANCE)
     return record
 
 
@@ -212,4 +225,5 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_yaml(path)
     if not isinstance(config, dict):
         raise ValueError("not a mapping")
+    shapes.check(config, shapes.CONFIG)
     return config

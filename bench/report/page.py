@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from bench.report.estimators_page import ESTIMATORS, estimators_section
 from bench.report.findings import headline, score
 from bench.report.forest import forest
 from bench.report.forms import TABLES
+from bench.report.performance_page import PERFORMANCE, performance_section
 from bench.report.references import load_published
 from bench.report.study_views import study_views
+from bench.seals import read_summary
 
 SUMMARY = "summary.json"
 SCHEMA = 3  # of the summary
@@ -56,11 +60,13 @@ def report_index(reports_root: Path | str | None = None) -> None:
 
         reports_root = config.reports_root()
     root = Path(reports_root)
-    found = [path.parent.name for path in root.glob(f"*/{SUMMARY}") if path.parent.name != ESTIMATORS]
+    found = [
+        path.parent.name for path in root.glob(f"*/{SUMMARY}") if path.parent.name not in (ESTIMATORS, PERFORMANCE)
+    ]
     if not found:
         raise InputError(f"{root}: no suite has a report yet; accepted: run `indm-bench report SUITE` first")
     # a report that other code wrote long ago must not take the page from the others
-    schemas = {name: read_json(root / name / SUMMARY).get("schema") for name in found}
+    schemas = {name: _schema(root / name / SUMMARY) for name in found}
     outdated = sorted(name for name in found if schemas[name] != SCHEMA)
     names = [name for name in found if name not in outdated]
     if not names:
@@ -72,19 +78,24 @@ def report_index(reports_root: Path | str | None = None) -> None:
     last = len(ORDER)
     names.sort(key=lambda name: (name in LAST, ORDER.index(name) if name in ORDER else last, name))
     template = _environment().get_template("page.html.j2")
-    for widths in WIDTHS:
-        suites = [_suite(root / name, root, widths) for name in names]
-        page = template.render(
-            suites=suites,
-            outdated=outdated,
-            overview=_overview(suites),
-            claims=_claims_board(suites),
-            estimators=estimators_section(root, widths[0]),
-            variants=VARIANTS,
-            label=label,
-        )
-        if len(page.encode()) < LIMIT:
-            break
+    with _showing(root):
+        for widths in WIDTHS:
+            suites = []
+            for name in names:
+                with _showing(root / name):
+                    suites.append(_suite(root / name, root, widths))
+            page = template.render(
+                suites=suites,
+                outdated=outdated,
+                overview=_overview(suites),
+                claims=_claims_board(suites),
+                estimators=estimators_section(root, widths[0]),
+                performance=performance_section(root),
+                variants=VARIANTS,
+                label=label,
+            )
+            if len(page.encode()) < LIMIT:
+                break
     write_text_atomic(root / "index.html", page)
 
 
@@ -112,9 +123,38 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
+def _schema(path: Path) -> Any:
+    """The schema of a summary; InputError for a file that is none."""
+    try:
+        return read_json(path)["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        raise InputError(
+            f"{path}: not a summary ({reason}); accepted: run `indm-bench report {path.parent.name}`"
+        ) from error
+
+
+@contextmanager
+def _showing(place: Path) -> Iterator[None]:
+    """A block in which a report that is not as ``report_suite`` writes it becomes an InputError."""
+    from jinja2 import TemplateError
+
+    wrong = (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, csv.Error, TemplateError)
+    try:
+        yield
+    except InputError:
+        raise
+    except wrong as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        again = place.name if (place / SUMMARY).is_file() else "SUITE"
+        raise InputError(
+            f"{place}: cannot be shown ({reason}); accepted: run `indm-bench report {again}` again"
+        ) from error
+
+
 def _suite(folder: Path, root: Path, widths: tuple[int, int]) -> dict[str, Any]:
     """Everything the template says about one suite."""
-    summary = read_json(folder / SUMMARY)
+    summary = read_summary(folder)
     if not summary["judged"]:
         summary = summary | {"findings": []}
     rows = {name: make().read_rows(folder / f"{name}.csv") for name, make in TABLES.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +66,12 @@ def load_published(path: Path) -> list[Published]:
     if not path.is_file():
         return []
     published = []
-    for place, row in enumerate(read_csv(path), start=2):
+    try:
+        rows = read_csv(path)
+    except (OSError, ValueError, csv.Error) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: cannot be read ({reason}); accepted: a CSV table in UTF-8") from error
+    for place, row in enumerate(rows, start=2):
         value = finite(row.get("value"))
         if value is None:
             raise InputError(f"{path}: line {place}: value = {row.get('value')!r}: must be a finite number")
@@ -161,7 +167,10 @@ def reference_rows(path: Path, grid: Grid, units: Mapping[str, str | None]) -> l
 
 
 def _entries(path: Path, datasets: list[str]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    content = read_json(path) if path.is_file() else {}
+    try:
+        content = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(" ".join(str(error).split())) from error
     if not isinstance(content, dict) or not all(isinstance(record, dict) for record in content.values()):
         raise InputError(f"{path}: must map names to objects")
     entries = []

@@ -154,6 +154,8 @@ def study_of(run: Run, name: str) -> list[Line] | str:
     if run.diverged:
         return run.diverged
     path = run.folder / f"{name}.csv"
+    if path.is_file() and path.name in run.problems:
+        return run.problems[path.name]
     if not path.is_file():
         return f"{path.name} missing" if name in asked(run) or not run.config else NOT_ASKED
     try:

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import seals
 from bench.errors import InputError
-from bench.files import write_bytes_atomic, write_json, write_text_atomic
+from bench.files import write_bytes_atomic, write_hashed_json, write_json, write_text_atomic
+from bench.locks import exclusive_results
 from bench.report import references
 from bench.report.captions import captions
 from bench.report.cells import OK, Row, Table
@@ -56,11 +58,18 @@ def report_suite(
     runs = load_runs(suite_name, Path(runs_root), expected)
     if not runs:
         raise InputError(f"suite {suite_name!r}: no runs under {Path(runs_root) / suite_name} and none expected")
-    grid = without_unrun(runs, {str(entry["variant"]) for entry in expected if entry.get("more")})
+    more = {str(entry["variant"]) for entry in expected if entry.get("more")}
+    with exclusive_results(folder):
+        _write(suite_name, runs, more, folder, title or suite_name, description or "")
+
+
+def _write(suite_name: str, runs: Sequence[Run], more: set[str], folder: Path, title: str, description: str) -> None:
+    """Every file of the report, the summary with their hashes last."""
+    grid = without_unrun(runs, more)
     runs = list(grid.runs)
     tables = build(grid)
     units = {row.keys["dataset"]: row.extra.get("units") for row in tables["nll_nelbo_gap"].rows}
-    _add_references(tables, grid, units, folder / "references.json", Path(reports_root) / "reference.csv")
+    _add_references(tables, grid, units, folder / "references.json", folder.parent / "reference.csv")
     said = captions(suite_name, grid)
     for name, table in tables.items():
         table.write_csv(folder / f"{name}.csv")
@@ -72,13 +81,13 @@ def report_suite(
     pictures = _copy_pictures(grid, folder / "figures")
     studied = report_studies(grid, folder)
     _sweep(folder / "figures", {*figures, *studied["figures"], *(picture["file"] for picture in pictures)})
-    write_json(
+    write_hashed_json(
         folder / SUMMARY,
         {
             "schema": SCHEMA,
             "suite": suite_name,
-            "title": title or suite_name,
-            "description": description or "",
+            "title": title,
+            "description": description,
             "datasets": grid.datasets,
             "variants": grid.variants,
             "seeds": grid.seeds,
@@ -93,6 +102,7 @@ def report_suite(
             "refused": refused(tables) + studied["refused"],
             "studies": studied,
             "provenance": provenance(runs),
+            seals.HASHES: seals.report_hashes(folder),
         },
     )
 
@@ -224,11 +234,12 @@ def _copy_pictures(grid: Grid, folder: Path) -> list[dict[str, Any]]:
     copied = []
     for dataset, variant, runs in grid.cells():
         for kind in PICTURES:
-            run = next((run for run in runs if (run.folder / f"{kind}.png").is_file()), None)
+            file = f"{kind}.png"
+            run = next((run for run in runs if file not in run.problems and (run.folder / file).is_file()), None)
             if run is None:
                 continue
             name = f"{kind}_{dataset}_{variant}.png" if several else f"{kind}_{variant}.png"
-            write_bytes_atomic(folder / name, (run.folder / f"{kind}.png").read_bytes())
+            write_bytes_atomic(folder / name, (run.folder / file).read_bytes())
             copied.append({"file": name, "kind": kind, "dataset": dataset, "variant": variant, "seed": run.seed})
     return copied
 
