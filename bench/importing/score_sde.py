@@ -131,7 +131,7 @@ def official(kind: str, config: str) -> Official:
     if kind not in KINDS:
         raise InputError(f"--kind {kind}: unknown; accepted: {', '.join(KINDS)}")
     if kind == "score_sde" and config in UNBUILT:
-        reason = "the official code itself fails on building its network, so that no checkpoint exists"
+        reason = "the official PyTorch code fails on building its network, so that it has no checkpoint"
         raise InputError(f"--config {config}: {reason}; accepted: {', '.join(KINDS[kind])}")
     if config not in KINDS[kind]:
         raise InputError(f"--config {config}: unknown to {kind}; accepted: {', '.join(KINDS[kind])}")
