@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.flows.branch import Series, branch_and_log_det
 from models.flows.inverse import invert
 from models.flows.latent_encoder import Encoder, WeightNormLinear
 from models.flows.latent_prior import LatentPrior, draw_normal
@@ -100,6 +101,14 @@ class ConditionedFlow(ResidualFlow):
                 head = Chain([first, second], chain.preactivation)
                 level.append(ConditionedChain(head, Chain([last], True), shift[:, :, None, None]))
             yield level
+
+    def _estimate(self, chain: ConditionedChain, a: Tensor, probe: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+        recorded = self.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(a.device.type)
+        if not recorded or a.device.type != "cpu":
+            return super()._estimate(chain, a, probe, depth)
+        affines = [*chain.head.affines, *chain.tail.affines]
+        options = Series(self.roulette, self.terms[True], chain.head.preactivation)
+        return branch_and_log_det(affines, chain.shift.flatten(1), a, probe, depth, options)
 
     @torch.no_grad()
     def inverse(self, z: Tensor, tolerance: float | None = None, max_iterations: int = 1000) -> Tensor:

@@ -98,8 +98,9 @@ class EncoderBlock(nn.Module):
         self.norm3 = None if same else BatchNorm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm2(self.conv2(F.elu(self.norm1(self.conv1(x)))))
-        return F.elu(h + (x if self.shortcut is None else self.norm3(self.shortcut(x))))
+        # neither a normalisation nor a sum needs what it has put out, and ELU's slope is seen in its own values
+        h = self.norm2(self.conv2(F.elu(self.norm1(self.conv1(x)), inplace=True)))
+        return F.elu(h.add_(x if self.shortcut is None else self.norm3(self.shortcut(x))), inplace=True)
 
 
 class WeightNormLinear(nn.Module):

@@ -178,17 +178,21 @@ class ResidualFlow(nn.Module):
                         change, jacobian = chain.linearise(a)
                         term = log_det_from_columns(columns(jacobian, a))
                     else:
-                        change, jacobian = chain.linearise(a)
                         groups = ROULETTE_GROUPS if self.training else len(a)
                         depth = self.roulette.draw(len(a), groups, generator)
                         probe = draw_probe(self.probes, a, generator)
-                        term = series(jacobian, probe, depth, self.terms[self.training], self.roulette)
+                        change, term = self._estimate(chain, a, probe, depth)
                     a = a + change
                     terms.append(term)
             total = torch.stack(terms)
             if total.ndim == 4:
                 total = log_det_from_columns(total)
             return self._leave(a), total.sum(0)
+
+    def _estimate(self, chain: Chain, a: Tensor, probe: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+        """g(a) and the series' estimate of log|det(I + J)|."""
+        change, jacobian = chain.linearise(a)
+        return change, series(jacobian, probe, depth, self.terms[self.training], self.roulette)
 
     def latent(self, x: Tensor) -> Tensor:
         """z alone, for steps that need no log-determinant: a third of the work, no random numbers."""

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_processor import Attention, AttnProcessor
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -46,6 +45,10 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         centered: bool = True,
     ):
         super().__init__()
+        # 80 MB that only a process with such a network needs
+        from diffusers import UNet2DModel
+        from diffusers.models.attention_processor import Attention, AttnProcessor
+
         heights = _heights(shape, ch_mult, attn_resolutions)
         require(nf > 0 and nf % GROUPS == 0, "nf", nf, f"is a multiple of {GROUPS}")
         require(num_res_blocks > 0, "num_res_blocks", num_res_blocks, "is a positive integer")
@@ -89,6 +92,8 @@ class DDPMUNet(ModelMixin, ConfigMixin):
                 init_fan_avg(part, 0.0 if part in last else 1.0)
 
     def _last(self) -> Iterator[nn.Module]:
+        from diffusers.models.attention_processor import Attention
+
         yield self.unet.conv_out
         for part in self.unet.modules():
             if isinstance(part, Attention):
