@@ -10,7 +10,7 @@ import pytest
 from bench.errors import InputError
 from bench.performance import goals
 from bench.report.performance_files import CHANGE_COLUMNS, OFFICIAL_COLUMNS
-from bench.report.performance_page import NO_GPU, performance_section, write_performance
+from bench.report.performance_page import NO_GPU, halved_at_no_larger_error, performance_section, write_performance
 
 WHERE = {"device": "cpu", "cpu": "a processor", "threads": 1, "commit": "0123456789ab", "dirty": False, "code": "c0de"}
 WHERE |= {"packages": {"torch": "2.0"}, "started": "2026-01-02T03:04:05+00:00"}
@@ -139,3 +139,18 @@ def test_a_record_of_another_schema_is_refused(tmp_path):
     (tmp_path / "cpu.json").write_text('{"schema": 9}')
     with pytest.raises(InputError, match="schema: accepted: 1"):
         load_record(tmp_path / "cpu.json")
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [
+        ((44, 1e-5), (22, 1e-5), "yes"),
+        ((44, 1e-5), (23, 1e-6), "no"),
+        ((44, 1e-5), (20, 2e-5), "fewer, at a larger error"),
+        ((44, None), (20, 1e-6), "fewer, error not measured"),
+    ],
+)
+def test_half_the_evaluations_count_at_no_larger_error(first, last, said):
+    ways = [{"evaluations": evaluations, "error_mean": error} for evaluations, error in (first, last)]
+    assert halved_at_no_larger_error(ways) == said
+    assert halved_at_no_larger_error([]) == "—"
