@@ -65,6 +65,7 @@ def _histogram(axis, points: Tensor, data: Dataset, title: str) -> None:
     axis.set_yticks([])
 
 
+@plt.style.context("default")  # a report drawn before in this process has set a theme
 def draw_samples(path: Path, x: Tensor | None, data: Dataset) -> None:
     """A grid of samples (images), or a histogram of samples beside one of the data (points)."""
     if x is None:
@@ -80,6 +81,7 @@ def draw_samples(path: Path, x: Tensor | None, data: Dataset) -> None:
     return None
 
 
+@plt.style.context("default")
 def draw_trajectory(path: Path, states: Tensor | None, times: Sequence[float], data: Dataset) -> None:
     """The forward process seen in data space: one column (points) or one column of images a time."""
     if states is None:
