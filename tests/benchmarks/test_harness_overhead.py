@@ -32,14 +32,6 @@ SCORE = {
 FLOWS = {"ddpmpp": {"name": "identity"}, "indm": {"name": "residual", "blocks": [2, 2], "hidden": 64}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images():
     source = torch.Generator().manual_seed(1)
     train, test = (torch.randint(0, 256, (n, 3, SIZE, SIZE), generator=source, dtype=torch.uint8) for n in (512, 64))

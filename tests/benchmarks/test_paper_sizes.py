@@ -28,14 +28,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("size, kind, count", cases[:2] if quick else cases)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def measured(benchmark, benchmark_quick):
     """measured(function, size, official=None, per=1): time it in turn with c, and put the multiples beside it."""

@@ -20,14 +20,6 @@ from models.noise import IndexedGenerator
 BATCH = 128
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def rounds(request):
     return 2 if request.config.getoption("--benchmark-quick") else 15
