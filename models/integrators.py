@@ -26,7 +26,7 @@ from models.sde import LinearSDE, expand
 
 # In lambda the probability-flow field is flat at both ends; a longer step could pass over all that happens between.
 MAX_STEP = 6.0
-ADAMS_MAX_STEP = 2.0
+ADAMS_MAX_STEP = 1.0
 Solver = Literal["dopri5", "adams"]
 ProbeKind = Literal["rademacher", "gaussian", "orthogonal"]
 
@@ -63,11 +63,15 @@ def flow_field(noise: Callable[[Tensor, Tensor], Tensor], sde: LinearSDE, probes
 class GaussianFrame:
     """The probability-flow ODE as seen from data N(mean, std^2 I), in which such data stand still.
 
-    With y = z / alpha and r = sigma / alpha, every linear SDE's ODE is dy = noise dr. With r = std sinh(tau) and
-    v = (y - mean) / sqrt(std^2 + r^2) it reads dv / dtau = noise - tanh(tau) v, which is zero for the score of that
-    law, whose v is constant: what is solved is the difference from it. Below std, tau runs like r and not like log r:
-    little happens there to data of that width. ``mean``: a number or a tensor of a sample's shape.
+    With y = z / alpha and r = sigma / alpha, every linear SDE's ODE is dy = noise dr. With r = std sinh(theta) and
+    v = (y - mean) / sqrt(std^2 + r^2) it reads dv / dtheta = noise - tanh(theta) v, which is zero for the score of that
+    law, whose v is constant: what is solved is the difference from it. Below std, theta runs like r and not like log r:
+    little happens there to data of that width. Far above it little happens to any data: another mean's trace falls like
+    1 / cosh(theta). So theta = sinh(k tau) / k, k = ``FAR``, and tau is what a solver steps in. ``mean``: a number or a
+    tensor of a sample's shape.
     """
+
+    FAR = 0.55
 
     def __init__(self, sde: LinearSDE, mean: Tensor | float = 0.0, std: float = 0.5):
         self.sde, self.mean, self.std = sde, mean, std
@@ -78,7 +82,8 @@ class GaussianFrame:
 
     def ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """tau (B,) at times eps and 1."""
-        low, high = torch.asinh(self._ratios / self.std).to(like)
+        theta = torch.asinh(self._ratios / self.std)
+        low, high = (torch.asinh(self.FAR * theta) / self.FAR).to(like)
         return low.expand(len(like)), high.expand(len(like))
 
     def enter(self, z: Tensor, end: int) -> Tensor:
@@ -98,16 +103,18 @@ class GaussianFrame:
         """field(tau (B,), v (B, ...)) -> (dv, divergence (B,)); ``probes`` as in :func:`flow_field`."""
 
         def field(tau: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            ratio, width, pull = self.std * tau.sinh(), self.std * tau.cosh(), tau.tanh()
+            theta, pace = (self.FAR * tau).sinh() / self.FAR, (self.FAR * tau).cosh()
+            ratio, width, pull = self.std * theta.sinh(), self.std * theta.cosh(), theta.tanh()
             t = self.sde.time(ratio.log())
-            alpha, width, wide = expand(self.sde.marginal(t)[0], v), expand(width, v), expand(pull, v)
+            alpha, width = expand(self.sde.marginal(t)[0], v), expand(width, v)
+            wide, fast = expand(pull, v), expand(pace, v)
             if probes is None:
-                return noise(alpha * (self.mean + width * v), t) - wide * v, v.new_zeros(len(v))
+                return fast * (noise(alpha * (self.mean + width * v), t) - wide * v), v.new_zeros(len(v))
             with torch.enable_grad():
                 leaf = v.detach().requires_grad_()
                 output = noise(alpha * (self.mean + width * leaf), t)
                 trace = exact_trace(output, leaf) if isinstance(probes, str) else probed_trace(output, leaf, probes)
-            return output.detach() - wide * v, trace - pull * v[0].numel()
+            return fast * (output.detach() - wide * v), pace * (trace - pull * v[0].numel())
 
         return field
 

@@ -152,5 +152,5 @@ def test_a_record_of_another_schema_is_refused(tmp_path):
 )
 def test_half_the_evaluations_count_at_no_larger_error(first, last, said):
     ways = [{"evaluations": evaluations, "error_mean": error} for evaluations, error in (first, last)]
-    assert halved_at_no_larger_error(ways) == said
-    assert halved_at_no_larger_error([]) == "—"
+    assert halved_at_no_larger_error(*ways) == said
+    assert halved_at_no_larger_error({}, ways[1]) == "—"

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 
 from bench.performance import changes, goals
-from bench.performance.evaluations import ADAMS, OFFICIAL, OURS, Problem, compare, gaussian, of_network, solve
+from bench.performance.evaluations import (
+    ADAMS,
+    CLOSE,
+    OFFICIAL,
+    OURS,
+    WAYS,
+    Problem,
+    compare,
+    gaussian,
+    of_network,
+    solve,
+)
 from bench.performance.loop import batch, plain_step, trained
 from bench.performance.sizes import KINDS, build, run_of, size_named
 from bench.performance.timing import Reference, clocked, in_turn, side_by_side
@@ -19,7 +30,7 @@ from models.integrators import flow_field, hutchinson_probes
 from models.noise import IndexedGenerator
 
 TOLERANCE, STRICT = 1e-5, 1e-7
-# the trained network on which all ways to solve are compared with a strict solution, and images that they solve
+# the trained network on which all ways to solve are compared, and how many images they solve
 EXPLAINED, COMPARED = ("S16", "ddpmpp", 300), 2
 
 
@@ -102,10 +113,11 @@ def nll_case(size: str, kind: str, steps: int, count: int, effort: Effort) -> di
     model = trained(size, kind, max(1, round(steps * effort.steps)))
     x, reference = batch(size, count, seed=10**6), Reference()
     source = IndexedGenerator(0, "performance", torch.arange(count))
-    solver, solved = run_of(kind).evaluate.solver, {}
+    settings, solved = run_of(kind).evaluate, {}
 
     def solve() -> None:
-        solved.update(model.nll_parts(x, TOLERANCE, TOLERANCE, generator=source, solver=solver))
+        options = {"generator": source, "solver": settings.solver}
+        solved.update(model.nll_parts(x, settings.rtol, settings.atol, **options))
 
     _, wall = clocked(solve)
     probes = hutchinson_probes(1, x.shape, torch.Generator().manual_seed(0))
@@ -113,14 +125,13 @@ def nll_case(size: str, kind: str, steps: int, count: int, effort: Effort) -> di
     timing = in_turn(lambda: field(place, x), effort.rounds, reference)
     floor = count_flops(lambda: field(place, x)) / count_flops(reference)
     problem = of_network(model, x[:COMPARED])
-    if (size, kind, steps) == EXPLAINED:
-        found = compare(problem, TOLERANCE, *strict_solution(model, problem, effort))
-    else:
-        found = compare(problem, TOLERANCE, ways=(OFFICIAL, OURS, ADAMS))
+    ways = tuple(WAYS) if (size, kind, steps) == EXPLAINED else (OFFICIAL, OURS, CLOSE, ADAMS)
+    found = compare(problem, TOLERANCE, *strict_solution(model, problem, effort), ways)
     return timing.record() | {
         "batch": count,
         "training_steps": steps,
-        "solver": solver,
+        "solver": settings.solver,
+        "tolerance": settings.rtol,
         "flops_in_c": floor,
         "solve_seconds": wall,
         "evaluations": float(solved["nfe"].double().mean()),
@@ -202,6 +213,7 @@ def cpu_cases() -> list[Case]:
         ("S16", "ddpmpp", 10, 16),
         ("S16", "ddpmpp", 300, 4),
         ("S16", "indm-nll", 250, 4),
+        ("S16", "ncsnpp", 300, 4),
         ("S32", "ddpmpp", 10, 4),
         ("S32", "indm-nll", 10, 4),
     ):
