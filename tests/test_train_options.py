@@ -154,7 +154,7 @@ def test_tf32_is_on_in_training_only_and_put_back(monkeypatch):
 
 @pytest.mark.parametrize(("variant", "dataset"), [("ddpmpp-vp", "digits"), ("indm-vp-nll", "checkerboard")])
 def test_networks_compile_as_one_graph(variant, dataset):
-    """Traced whole, weights and results unchanged; what Inductor makes of the graph takes minutes."""
+    """Traced whole, weights and results unchanged."""
     trainer = Trainer(run_of(variant, dataset), progress=False)
     names = set(trainer.model.state_dict())
     x, random = trainer.batches(0, StepRandom(0, 0, 16)), StepRandom(0, 0, 16)
@@ -171,6 +171,22 @@ def test_networks_compile_as_one_graph(variant, dataset):
     assert networks == [trainer.model.score.net]
     torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-5)
     assert set(trainer.model.state_dict()) == names
+
+
+def test_compiled_training_differs_by_rounding_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    plain, expected = steps(run_of("indm-vp-nll", "checkerboard"))
+    asked = run_of("indm-vp-nll", "checkerboard", "train.compile=true")
+    try:
+        check_compiler("indm", CPU)
+    except InputError:  # a machine without a C++ compiler refuses, and computes nothing
+        with pytest.raises(InputError, match="train.compile = true: no C\\+\\+ compiler found"):
+            steps(asked)
+        return
+    trainer, losses = steps(asked)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    for own, other in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
 
 
 def test_a_network_that_breaks_its_graph_is_refused():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bench.acceleration import compile_networks
 from bench.performance import changes, goals
 from bench.performance.evaluations import (
     ADAMS,
@@ -77,6 +78,19 @@ def step_case(size: str, kind: str, effort: Effort) -> dict[str, Any]:
     parameters = {name: sum(p.numel() for p in params) for name, params in step.groups.items()}
     memory = {"peak_mb": peak, "peak_mb_alone": alone}
     return timing.record() | {"flops_in_c": floor} | memory | {"parameters": parameters} | goals.step_goal(size, kind)
+
+
+def compiled_case(size: str, kind: str, effort: Effort) -> dict[str, Any]:
+    """The same with the score network compiled, as train.compile does; the first step's seconds beside it.
+
+    Its memory is the compiler's, and not recorded.
+    """
+    reference, step = Reference(), plain_step(size, kind)
+    floor = count_flops(step) / count_flops(reference)
+    compile_networks(step.model)
+    first = clocked(step)[1]
+    timing = in_turn(step, rounds_at(effort, size), reference)
+    return timing.record() | {"flops_in_c": floor, "first_seconds": first} | goals.step_goal(size, kind)
 
 
 def flow_case(size: str, kind: str, what: str, effort: Effort) -> dict[str, Any]:
@@ -205,6 +219,8 @@ def cpu_cases() -> list[Case]:
     for size in ("S16", "S32"):
         for kind in KINDS:
             add("step", f"{size}/{kind}", step_case, size, kind)
+    for kind in goals.STEP["S16"]:
+        add("step", f"S16/{kind}/compiled", compiled_case, "S16", kind)
     for size in ("S16", "S32"):
         for kind in ("indm-nll", "indm-nll-local"):
             for what in ("train", "evaluate", "inverse"):

@@ -88,9 +88,11 @@ class PlainStep:
 
 
 def plain_step(size: str, kind: str, device: torch.device | str = "cpu", **options: Any) -> PlainStep:
-    """The step of a kind of network at a size, on a batch of that size."""
-    model = build(size, kind).to(device)
-    return PlainStep(model, batch(size, size_named(size).batch, device=device), run_of(kind).train, **options)
+    """The step of a kind of network at a size, on a batch of that size; on a CPU channels_last, its faster layout."""
+    model, config = build(size, kind).to(device), run_of(kind).train
+    if torch.device(device).type == "cpu":
+        config = config.model_copy(update={"memory_format": "channels_last"})
+    return PlainStep(model, batch(size, size_named(size).batch, device=device), config, **options)
 
 
 def trained(size: str, kind: str, steps: int) -> Model:

@@ -138,15 +138,15 @@ def steps(record: Record) -> View:
     columns += ["peak, MB", "of that the step, MB", "official, MB"]
     caption = (
         "Whole optimiser steps: zero_grad, losses of all phases, backward, clipping, AdamW, moving average. The "
-        "specification’s INDM has a global latent. Times faster: official in c over ours in c, each by the c of its "
-        "own run. Memory: the process’s peak, and by how much it is above what the process held before the network was "
-        "built, here and in the official code."
+        "specification’s INDM has a global latent. Compiled: the score network by torch.compile. Times faster: "
+        "official in c over ours in c, each by the c of its own run. Memory: the process’s peak, and by how much it "
+        "is above what the process held before the network was built, here and in the official code."
     )
     view = _view("The optimiser step", caption, columns, ("reached", "reached here"))
     for name, case in record.of("step").items():
         if _problem_row(view, _name(name), case):
             continue
-        there = record.official.get(f"step/{name}") or record.official.get(f"step/{name.removesuffix('-local')}") or {}
+        there = record.official.get(f"step/{name.removesuffix('/compiled').removesuffix('-local')}") or {}
         own, theirs = finite(case.get("multiple")), finite(there.get("multiple"))
         faster = theirs / own if own and theirs else None
         asked = 1 / case["share"] if case.get("share") else None
