@@ -70,10 +70,11 @@ def peak_mb() -> float:
 
 def step_case(size: str, kind: str, effort: Effort) -> dict[str, Any]:
     """An optimiser step: seconds, multiple of c, arithmetic in units of c's, peak memory of the process."""
-    reference, alone = Reference(), peak_mb()
-    step = plain_step(size, kind)
+    alone, step = peak_mb(), plain_step(size, kind)
+    for _ in range(3):
+        step()
+    peak, reference = peak_mb(), Reference()  # before the reference and the count, which take memory of their own
     timing = in_turn(step, rounds_at(effort, size), reference)
-    peak = peak_mb()  # before the count, which keeps books of every tensor
     floor = count_flops(step) / count_flops(reference)
     parameters = {name: sum(p.numel() for p in params) for name, params in step.groups.items()}
     memory = {"peak_mb": peak, "peak_mb_alone": alone}
