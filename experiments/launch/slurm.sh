@@ -19,6 +19,8 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+# ahead of the end of its time, torchrun passes this on and waits up to 30 s: the processes write a checkpoint and stop
+#SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 
