@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -188,10 +189,25 @@ def load(name: str, data_dir: Path | str | None = None) -> Dataset:
             raise InputError(f"dataset {name[:200]}: {' '.join(str(error).split())[:200]}") from error
         return _from_images(f"folder:{own}", images)
     if name in _FILES:
-        data = _FILES[name](Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "data").expanduser())
-        complete = name != "cifar10" or (len(data.train), len(data.test)) == CIFAR10_COUNTS
-        return _from_images(name if complete else "cifar10-subset", data)
+        folder = Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "data").expanduser()
+        return _load_files(name, folder, _stamp(folder))
     raise InputError(f"dataset: unknown name {name!r}; accepted: {', '.join(NAMES)}, folder:<path>")
+
+
+def _stamp(folder: Path) -> tuple:
+    """What changes when the files of a folder, or of the folders in it, do."""
+    try:
+        found = [path for one in [folder, *filter(Path.is_dir, folder.iterdir())] for path in one.iterdir()]
+        return folder.resolve(), *sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in found)
+    except OSError:
+        return (time.monotonic_ns(),)  # the reader says what is wrong
+
+
+@lru_cache(maxsize=2)  # a suite's runs and evaluations share a data set, whose preparation takes seconds
+def _load_files(name: str, folder: Path, stamp: tuple) -> Dataset:
+    data = _FILES[name](folder)
+    complete = name != "cifar10" or (len(data.train), len(data.test)) == CIFAR10_COUNTS
+    return _from_images(name if complete else "cifar10-subset", data)
 
 
 def _from_images(name: str, data: image_files.Images) -> Dataset:

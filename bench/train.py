@@ -51,9 +51,14 @@ from bench.step_costs import StepCosts, step_costs
 from bench.training_data import Batches
 from models.base import Model
 from models.noise import StepRandom, derive_seed
+from models.score.dropout import share_of_batch
 
 # steps of a run at which the costs of a step are counted, as shares of it: phases may differ from one to the next
 COST_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+# several processes learn at most so late that one of them was asked to stop: a launcher waits 30 s before it kills
+MEETING_SECONDS = 3.0
+# no more than this is lost to what gives no notice
+CHECKPOINT_SECONDS = 600.0
 
 
 class TrainingDiverged(RunFailure):
@@ -81,6 +86,11 @@ def curve_steps(config: TrainConfig) -> list[int]:
     first = max(1, round(config.steps * 0.04))
     ratio = (config.steps / first) ** (1 / (config.curve - 1))
     return sorted({max(1, round(first * ratio**i)) for i in range(config.curve - 1)} | {config.steps})
+
+
+def steps_to_meeting(steps: int, seconds: float) -> int:
+    """After how many further steps the processes ask each other again, where the last ``steps`` took ``seconds``."""
+    return max(1, int(MEETING_SECONDS * max(steps, 1) / max(seconds, 1e-9)))
 
 
 def build_model(run: RunConfig, data: Dataset) -> Model:
@@ -173,14 +183,16 @@ class Trainer:
         config, result = self.config, {}
         random = StepRandom(derive_seed(self.run.seed, "train"), self.step, config.batch_size, self.rows, self.device)
         x = self.batches(self.step, random)
-        # dropout is the only consumer of the global generator
-        torch.manual_seed(derive_seed(self.run.seed, "dropout", self.step, self.accelerator.process_index))
+        # dropout is the only consumer of the global generator; on a CPU each process draws the global batch's masks
+        stream = 0 if self.device.type == "cpu" else self.accelerator.process_index
+        torch.manual_seed(derive_seed(self.run.seed, "dropout", self.step, stream))
         for index, phase in enumerate(self.phases):
             if not phase.due(self.step):
                 continue
             for optimizer in self.prepared.values():
                 optimizer.zero_grad(set_to_none=True)
-            loss, terms = self.step_module(index, x, random)
+            with share_of_batch(self.rows, config.batch_size):
+                loss, terms = self.step_module(index, x, random)
             result |= {f"{phase.name}.{name}": value for name, value in terms.items()}
             result[f"{phase.name}.loss"] = result["loss"] = loss.detach()
             self.accelerator.backward(loss)
@@ -195,20 +207,20 @@ class Trainer:
         self.step += 1
         return result
 
-    def check(self, terms: dict[str, Tensor]) -> tuple[float, bool]:
-        """The global batch's loss, and whether a process was asked to stop.
+    def check(self, terms: dict[str, Tensor], elapsed: float = 0.0) -> tuple[float, bool, float]:
+        """The global batch's loss, whether a process was asked to stop, and the mean of the processes' ``elapsed``.
 
         Raises TrainingDiverged, before any checkpoint, if a term is not finite.
         """
         # terms are means over rows, of which each process has as many; all processes stop, or none
         loss = terms["loss"]
-        asked = torch.tensor(float(stopping.requested() is not None)).to(loss.device, non_blocking=True)
-        values = torch.stack([*(v.float() for v in terms.values()), asked])
-        *values, asked = self.accelerator.reduce(values, reduction="mean").tolist()
+        told = torch.tensor([float(stopping.requested() is not None), elapsed]).to(loss.device, non_blocking=True)
+        values = torch.cat([torch.stack([v.float() for v in terms.values()]), told])
+        *values, asked, elapsed = self.accelerator.reduce(values, reduction="mean").tolist()
         if not all(map(math.isfinite, values)):
             shown = ", ".join(f"{name} = {value:.4g}" for name, value in zip(terms, values, strict=True))
             raise TrainingDiverged(f"loss or gradient is not finite at step {self.step}: {shown}")
-        return values[list(terms).index("loss")], asked > 0
+        return values[list(terms).index("loss")], asked > 0, elapsed
 
     def measure(self, train_loss: float) -> None:
         """Add a row to the learning curve, measured with the averaged weights."""
@@ -226,6 +238,7 @@ class Trainer:
         points = {*curve_steps(config), *self.model.milestones(config.steps)}
         # reading the loss costs a synchronisation, which only a GPU notices
         check_every = 1 if self.device.type == "cpu" else 50
+        last, meeting, unsaved = self.step, self.step, 0.0
         bar = Bar(
             total=config.steps,
             initial=self.step,
@@ -236,16 +249,20 @@ class Trainer:
         )
         alone = self.accelerator.num_processes == 1
         self.model.train()
-        started = time.perf_counter()
+        started = met = time.perf_counter()
         while self.step < config.steps:
             terms = self.train_step()
             boundary = self.step in points or self.step % config.checkpoint_every == 0
             regular = boundary or self.step % check_every == 0
             # one process may stop at any step, several where they meet
             stop = not regular and alone and stopping.requested() is not None
-            if regular or stop:
-                loss, asked = self.check(terms)
-                stop = stop or asked
+            if regular or stop or self.step >= meeting:
+                now = time.perf_counter()
+                loss, asked, elapsed = self.check(terms, now - met)
+                # from a mean that all processes share: they decide alike
+                meeting, unsaved = self.step + steps_to_meeting(self.step - last, elapsed), unsaved + elapsed
+                last, met = self.step, now
+                stop, boundary = stop or asked, boundary or unsaved > CHECKPOINT_SECONDS
             if regular:
                 self.running = [*self.running, loss][-100:]
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -256,7 +273,8 @@ class Trainer:
                     self.measure(sum(self.running) / len(self.running))
                 with session():
                     self.save()
-                started = time.perf_counter()
+                unsaved, started = 0.0, time.perf_counter()
+                met = started
             if stop and self.step < config.steps:
                 bar.close()
                 raise stopping.Stopped(stopping.requested() or "another process was asked to stop")

@@ -4,7 +4,7 @@ import os
 import sys
 
 import torch
-from test_processes import ASKED, COMMAND, STOP, STOPPED, VARIANTS, ask_one_at, stop_at, tiny_run
+from two_processes import ASKED, COMMAND, STOP, STOPPED, VARIANTS, ask_one_at, stop_at, tiny_run
 
 from bench.train import Trainer, train
 

@@ -8,7 +8,7 @@ from bench.acceleration import check_compiler, compile_networks, float32
 from bench.config import load_suite
 from bench.errors import InputError
 from bench.evaluate import load_model, protocol
-from bench.train import Trainer, train
+from bench.train import Trainer, steps_to_meeting, train
 from models.noise import StepRandom
 
 CPU = torch.device("cpu")
@@ -211,3 +211,23 @@ def test_compilation_that_cannot_work_is_refused_before_any_compute(monkeypatch)
     monkeypatch.setattr(bench.train, "load", lambda name: pytest.fail("data were read"))
     with pytest.raises(InputError, match="train.compile = true: no C\\+\\+ compiler found"):
         Trainer(run_of("ddpmpp-vp", "digits", "train.compile=true"), progress=False)
+
+
+def test_long_steps_are_saved_by_the_clock(monkeypatch):
+    """Between checkpoints by count no more than a span of time passes; what is computed does not change."""
+    run, saved = run_of("ddpmpp-vp", "checkerboard", "train.checkpoint_every=1000"), []
+    save = Trainer.save
+    monkeypatch.setattr(Trainer, "save", lambda self: (saved.append(self.step), save(self)))
+    plain = Trainer(run, progress=False)
+    plain.train()
+    assert saved == [6]
+    monkeypatch.setattr(bench.train, "CHECKPOINT_SECONDS", 0.0)
+    clocked = Trainer(run, progress=False)
+    clocked.train()
+    assert saved[1:] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(plain.model.parameters(), clocked.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_processes_meet_within_seconds_whatever_a_step_takes():
+    assert [steps_to_meeting(*given) for given in ((10, 5.0), (10, 60.0), (0, 1.0), (50, 0.5))] == [6, 1, 3, 300]

@@ -9,9 +9,9 @@ from diffusers.configuration_utils import register_to_config
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.options import Count
-from models.score.layers import PositionalEmbedding, init_fan_avg, require
-from models.score.ncsnpp import _heights
+from models.options import Count, require
+from models.score.dropout import LibraryDropout
+from models.score.layers import PositionalEmbedding, init_fan_avg, level_heights
 
 GROUPS = 32
 
@@ -49,7 +49,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         from diffusers import UNet2DModel
         from diffusers.models.attention_processor import Attention, AttnProcessor
 
-        heights = _heights(shape, ch_mult, attn_resolutions)
+        heights = level_heights(shape, ch_mult, attn_resolutions)
         require(nf > 0 and nf % GROUPS == 0, "nf", nf, f"is a multiple of {GROUPS}")
         require(num_res_blocks > 0, "num_res_blocks", num_res_blocks, "is a positive integer")
         require(0 <= dropout < 1, "dropout", dropout, "is a number from 0 to below 1")
@@ -69,6 +69,9 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             attn_norm_num_groups=GROUPS,
             norm_eps=1e-6,
         )
+        for part in self.unet.modules():
+            if hasattr(part, "time_emb_proj"):
+                part.dropout = LibraryDropout(dropout)
         self.unet.time_proj = PositionalEmbedding(nf)  # the library rounds the frequencies otherwise
         for level in self.unet.up_blocks:
             if hasattr(level, "attentions"):

@@ -1,10 +1,14 @@
 """Building blocks of the score networks: embeddings, initialisation, resampling, residual and attention blocks."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.options import require
+from models.score.dropout import Dropout
 
 FIR = (1.0, 3.0, 3.0, 1.0)
 
@@ -13,10 +17,25 @@ FIR = (1.0, 3.0, 3.0, 1.0)
 WIDE_PIXELS = 256
 
 
-def require(condition: bool, key: str, value: object, accepted: str) -> None:
-    """Raise ValueError in one line, naming the option, its value and what is accepted, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{key} = {value!r}: accepted {accepted}")
+def level_heights(shape: Sequence[int], ch_mult: Sequence[int], attn_resolutions: Sequence[int]) -> list[int]:
+    """The height at every level, finest first, each half the one before.
+
+    Raises ValueError where a level or an attention resolution cannot exist.
+    """
+    require(len(shape) == 3 and min(shape) > 0, "shape", list(shape), "is [channels, height, width]")
+    require(len(ch_mult) > 0 and min(ch_mult) > 0, "ch_mult", list(ch_mult), "is a list of positive integers")
+    _, height, width = shape
+    multiple = 2 ** (len(ch_mult) - 1)
+    require(
+        height % multiple == 0 and width % multiple == 0,
+        "ch_mult",
+        list(ch_mult),
+        f"are at most as many levels as a {height}x{width} image can be halved, plus one",
+    )
+    heights = [height // 2**level for level in range(len(ch_mult))]
+    for resolution in attn_resolutions:
+        require(resolution in heights, "attn_resolutions", list(attn_resolutions), f"are heights out of {heights}")
+    return heights
 
 
 def init_fan_avg(layer: nn.Module, scale: float = 1.0) -> nn.Module:
@@ -137,38 +156,6 @@ class PyramidDownsample(nn.Module):
         else:
             x = F.conv2d(x, self.kernel.to(x.dtype), padding=2, groups=x.shape[1])
         return self.conv(x)
-
-
-class Dropout(nn.Module):
-    """Dropout whose mask costs a third of PyTorch's on a CPU: 16 random bits an element: p is a multiple of 1/65536."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-        self.dropped = round(p * 65536)
-
-    @property
-    def gain(self) -> float:
-        """What makes up for the entries that are dropped."""
-        return 65536 / (65536 - self.dropped) if self.training else 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.dropped:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        kept = self._kept(x.numel()).view(x.shape)
-        return x * (kept * self.gain).to(x.dtype)
-
-    def unscaled(self, x: Tensor) -> Tensor:
-        """x, in any dense layout, with entries dropped on a CPU; those that stay are not multiplied by `gain`."""
-        if not self.training or not self.dropped:
-            return x
-        return x * self._kept(x.numel()).to(x.dtype).as_strided(x.shape, x.stride())
-
-    def _kept(self, count: int) -> Tensor:
-        words = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,))
-        return words.view(torch.int16)[:count] >= self.dropped - 32768
 
 
 class ResidualBlock(nn.Module):
