@@ -27,7 +27,6 @@ from bench.finished import is_evaluated, is_trained
 from bench.likelihood import (
     Units,
     bound_kind,
-    chain_steps,
     expected_costs,
     likelihood_batch,
     measure,
@@ -101,8 +100,13 @@ def _as_data(x: Tensor, data: Dataset) -> Tensor:
     return x if data.levels is None else quantise(x, data.levels)
 
 
-def _quality(x: Tensor, finite: Tensor, run: RunConfig, data: Dataset, metrics: Sequence[str]) -> dict[str, Any]:
-    """As :func:`quality` of points or uint8 images. All processes call it, and all get the result."""
+def _quality(
+    x: Tensor, finite: Tensor, run: RunConfig, data: Dataset, metrics: Sequence[str], stoppable: bool = False
+) -> dict[str, Any]:
+    """As :func:`quality` of points or uint8 images; ``stoppable``: it may be ended on request (Stopped).
+
+    All processes call it, and all get the result.
+    """
     if not bool(finite.all()):
         return {"status": f"{int((~finite).sum())} of {len(x)} samples not finite"}
     if not metrics:
@@ -111,8 +115,8 @@ def _quality(x: Tensor, finite: Tensor, run: RunConfig, data: Dataset, metrics: 
         return sharding.on_main(lambda: _point_quality(x, data, metrics))
     from bench.fidelity import image_quality
 
-    device = sharding.device()
-    measured = image_quality(x, data.train, extractor_name(run), metrics, levels=data.levels, device=device)
+    options = {"levels": data.levels, "device": sharding.device(), "stoppable": stoppable}
+    measured = image_quality(x, data.train, extractor_name(run), metrics, **options)
     if "fid" in measured:  # Inception's Frechet distance; the features' name stands in the record
         measured["fd"] = measured["fid"]
     return measured
@@ -130,6 +134,10 @@ def _point_quality(x: Tensor, data: Dataset, metrics: Sequence[str]) -> dict[str
 def extractor_name(run: RunConfig) -> str | None:
     """The registered feature extractor of a run: its suite's classifier, by content, or Inception; None for points."""
     if run.evaluate.features != "classifier":
+        if run.evaluate.features == "inception":
+            from bench.fidelity import given_inception
+
+            given_inception()  # a wrong path is refused before anything is computed
         return run.evaluate.features
     from bench.features import load_extractor
 
@@ -223,7 +231,7 @@ def _row(
             **options,
         )
         row["nfe"], row["seconds"] = drawn.nfe, drawn.seconds
-        measured = _quality(drawn.x, drawn.finite, run, data, settings.quality)
+        measured = _quality(drawn.x, drawn.finite, run, data, settings.quality, work.stoppable)
     except FAILURES as error:
         return row | {"status": " ".join(str(error).split())}, {}
     row |= {key: value for key, value in measured.items() if key in ROBUSTNESS_COLUMNS}
@@ -241,8 +249,8 @@ def protocol(run: RunConfig, model: Model) -> dict[str, Any]:
     settings = run.evaluate
     return {
         # a truncation is chosen for measuring; where a chain has its first level belongs to the model itself
-        "eps": model.sde.eps if hasattr(model, "sde") and chain_steps(model) is None else None,
-        "chain_start": model.sde.eps if hasattr(model, "sde") and chain_steps(model) is not None else None,
+        "eps": model.eps if model.chain_steps is None else None,
+        "chain_start": None if model.chain_steps is None else model.eps,
         # a variant's own: each model is bounded as it is defined, and the tables say how
         "bound": bound_kind(model),
         "curve_sampler": model.curve_sampler,

@@ -88,7 +88,7 @@ def _first(root: Path, name: str, readers: dict[str, Callable[[Path], Images]], 
             return reader(path)
     raise InputError(
         f"dataset {name}: nothing found under {root}; put one of {', '.join(readers)} there ({source}), "
-        "or name another folder by --data-dir or INDM_BENCH_DATA"
+        "or name another folder by INDM_BENCH_DATA"
     )
 
 

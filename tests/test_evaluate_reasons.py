@@ -7,71 +7,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_model import LEVELS, SETTINGS, SIDE, Toy
 
+from bench.config import load_suite
 from bench.data import make_dataset, quantise
-from bench.evaluate import curve_point, evaluate, protocol, robustness
-from bench.likelihood import QUANTITIES, USUAL_NFE, bound_kind, chain_steps, expected_costs, measure
+from bench.errors import InputError
+from bench.evaluate import curve_point, evaluate, extractor_name, protocol, robustness
+from bench.likelihood import QUANTITIES, USUAL_NFE, bound_kind, expected_costs, measure
 from bench.sampling import draw
-from bench.settings import EvaluateConfig
-from models.base import Model, NotDefined
+from models.base import NotDefined
 from models.diffflow import DiffFlow
 from models.integrators import IntegrationError
-from models.noise import normal
 
-LEVELS, SIDE, IMAGES = 17, 2, 12
-DIMS = SIDE * SIDE
-SETTINGS = EvaluateConfig(nelbo_repeats=3, nelbo_times=4, batch_size=5, samples=8)
-
-
-class Toy(Model):
-    """A standard Gaussian: NLL in closed form, NELBO 0.5 nats above it, a chain's bound 1 nat above it with noise of
-    unit variance, and the uniform law of grey levels. ``lacking``: quantity -> what it raises.
-    """
-
-    curve_sampler = "toy"
-
-    def __init__(self, shape=(1, SIDE, SIDE), lacking=None, chain=7):
-        super().__init__()
-        self.shape, self.lacking, self.calls = shape, lacking or {}, []
-        self.chain = range(chain) if chain else None
-
-    def _called(self, name):
-        self.calls.append(name)
-        if name in self.lacking:
-            raise self.lacking[name]
-
-    def _energy(self, x):
-        return 0.5 * (x.flatten(1).square().sum(1) + x[0].numel() * math.log(2 * math.pi))
-
-    def phases(self):
-        return []
-
-    def nelbo_parts(self, x, times=1, generator=None):
-        self._called("nelbo")
-        return {"prior": self._energy(x), "diffusion": torch.full((len(x),), 0.5)}
-
-    def nll_parts(self, x, rtol=1e-5, atol=1e-5, probes=1, corrected=True, generator=None):
-        self._called("nll")
-        return {"prior": self._energy(x), "nfe": torch.full((len(x),), 9.0)}
-
-    def chain_parts(self, x, generator=None):
-        self._called("chain")
-        return {"prior": self._energy(x), "diffusion": 1.0 + normal((len(x),), generator, x.device, x.dtype)}
-
-    def discrete_parts(self, levels, count, generator=None):
-        self._called("discrete")
-        assert levels.dtype == torch.uint8 and int(levels.max()) < count  # images as they are, no noise on them
-        return {"prior": torch.full((len(levels),), levels[0].numel() * math.log(count))}
-
-    def sample(self, n, steps, sampler, generator=None, **options):
-        self._called(f"sample {sampler}")
-        if sampler != "toy":
-            raise NotDefined(f"not defined: no {sampler} here")
-        self.nfe = steps
-        return normal((n, *self.shape), generator)
-
-    def trajectory(self, x, times, generator=None):
-        return torch.stack([x] * len(times))
+IMAGES, DIMS = 12, SIDE * SIDE
 
 
 @pytest.fixture
@@ -178,14 +126,14 @@ def test_bound_of_a_chain_model_is_computed_once(points):
     assert len(calls) == SETTINGS.nelbo_repeats * math.ceil(IMAGES / SETTINGS.batch_size)
     assert record["chain"]["total"] == record["nelbo"]["corrected"]["total"] and record["chain"]["steps"] == 4
     assert (arrays["chain"] == arrays["nelbo"]).all()
-    assert (bound_kind(model), chain_steps(model)) == ("chain of 4 steps", 4)
+    assert (bound_kind(model), model.chain_steps) == ("chain of 4 steps", 4)
 
 
 def test_protocol_says_what_kind_of_bound_and_whose_truncation():
     run = SimpleNamespace(evaluate=SETTINGS)
     toy = Toy((2,), chain=None)
     assert protocol(run, toy) | {"bound": "continuous", "curve_sampler": "toy", "eps": None} == protocol(run, toy)
-    toy.sde = SimpleNamespace(eps=1e-5)
+    toy.eps = 1e-5
     assert (protocol(run, toy)["eps"], protocol(run, toy)["chain_start"]) == (1e-5, None)
     toy.chain = range(7)  # discrete by construction: where its first level lies is no choice of the evaluation
     assert (protocol(run, toy)["eps"], protocol(run, toy)["chain_start"]) == (None, 1e-5)
@@ -279,3 +227,12 @@ def test_evaluation_of_a_model_without_a_bound_is_finished(points, tmp_path, mon
     with np.load(tmp_path / "per_image.npz", allow_pickle=False) as arrays:
         assert "nll" in arrays and "nelbo" not in arrays
     assert (tmp_path / "robustness.csv").is_file() and (tmp_path / "samples.png").is_file()
+
+
+def test_inception_weights_that_are_not_there_are_refused_before_anything_is_computed(monkeypatch):
+    run = load_suite("cifar10").runs("ddpmpp-vp", 0)[0]
+    monkeypatch.setenv("INDM_BENCH_INCEPTION", "/no/such/file")
+    with pytest.raises(InputError, match="INDM_BENCH_INCEPTION: no file /no/such/file; accepted: the path of"):
+        extractor_name(run)
+    monkeypatch.delenv("INDM_BENCH_INCEPTION")
+    assert extractor_name(run) == "inception"

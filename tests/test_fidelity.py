@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch_fidelity
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_prc import calculate_precision_recall_full, calculate_precision_recall_part
 from torch_fidelity.registry import register_feature_extractor
 
-from bench import fidelity
+from bench import evaluate, fidelity, stopping
+from bench.batches import Work
 from bench.data import load
 from bench.errors import InputError
 from bench.features import digits_extractor, load_extractor, train_classifier
@@ -122,6 +126,72 @@ def test_reference_features_are_computed_once_per_content():
     assert sum(CALLS) == 40 + 40 + 50
 
 
+@pytest.mark.parametrize("whole_numbers", [True, False])
+@pytest.mark.parametrize("block", [1, 9 * 110, 2**24])
+def test_precision_and_recall_by_blocks_are_torch_fidelitys(whole_numbers, block):
+    generator, k = torch.Generator().manual_seed(3), 3
+    real, fake = (torch.randn(n, 30, generator=generator) for n in (110, 70))
+    fake = 1.1 * fake
+    if whole_numbers:  # their distances are exact, ties and all, in whatever blocks they are computed
+        real, fake = real.round(), fake.round()
+        fake[:20] = real[:20]
+    radii = fidelity.neighbour_radii(real, k, block)
+    found = fidelity.coverage(fake, fidelity.neighbour_radii(fake, k, block), real, radii, block)
+    assert found == calculate_precision_recall_full(fake, real, k)
+    assert found == calculate_precision_recall_part(fake, real, k, batch_size=33)
+    assert 0.1 < found[0] < 0.95 and 0.1 < found[1] < 0.95
+    if whole_numbers:
+        assert torch.equal(radii, torch.cdist(real, real).kthvalue(k + 1).values)
+
+
+def test_radii_of_a_large_reference_are_found_once(monkeypatch):
+    x, y = normal_images(60, 120, 20, seed=12), normal_images(90, 110, 12, seed=13)
+    whole = image_quality(x, y, "test-pixels", ["precision_recall"])
+    calls, radii = [], fidelity.neighbour_radii
+    monkeypatch.setattr(fidelity, "_WHOLE_MATRIX", 80)
+    monkeypatch.setattr(fidelity, "neighbour_radii", lambda points, k: calls.append(len(points)) or radii(points, k))
+    assert image_quality(x, y, "test-pixels", ["precision_recall"]) == whole
+    assert image_quality(x, y, "test-pixels", ["precision_recall"]) == whole
+    assert calls == [90, 60, 60]
+    y[0, 0, 0, 0] ^= 1
+    image_quality(x, y, "test-pixels", ["precision_recall"])
+    assert calls == [90, 60, 60, 90, 60]
+
+
+def test_requests_to_stop_are_heard_before_each_expensive_quantity(monkeypatch):
+    x, y = normal_images(40, 120, 20, seed=14), normal_images(50, 110, 12, seed=15)
+    heard, check = [], stopping.check
+    monkeypatch.setattr(stopping, "check", lambda: heard.append(sum(CALLS)))
+    CALLS.clear()
+    image_quality(x, y, "test-pixels", stoppable=True)
+    assert heard == [0, 50, 90, 90, 90]  # images whose features are known, then the three metrics
+    monkeypatch.setattr(stopping, "check", check)
+    stopping.request("SIGTERM")
+    try:
+        with pytest.raises(stopping.Stopped, match="SIGTERM"):
+            image_quality(x, y, "test-pixels", stoppable=True)
+        assert image_quality(x, y, "test-pixels")["status"] == "ok"
+    finally:
+        stopping.restore()
+
+
+def test_a_row_is_stopped_where_its_batches_are(monkeypatch):
+    x, y = normal_images(40, 120, 20, seed=16), normal_images(50, 110, 12, seed=17)
+    drawn = SimpleNamespace(x=x, finite=torch.ones(40, dtype=torch.bool), nfe=3.0, seconds=0.1)
+    monkeypatch.setattr(evaluate, "draw_samples", lambda *_, **__: drawn)
+    settings = SimpleNamespace(samples=40, batch_size=20, quality=["fd"], features="test-pixels")
+    run, data = SimpleNamespace(evaluate=settings, seed=0), SimpleNamespace(train=y, levels=256)
+    work, stoppable = Work(), Work()
+    stoppable.stoppable = True
+    stopping.request("time is up")
+    try:
+        assert evaluate._row(None, run, data, work, {"name": "ddim"}, 3)[0]["fd"] > 0
+        with pytest.raises(stopping.Stopped, match="time is up"):
+            evaluate._row(None, run, data, stoppable, {"name": "ddim"}, 3)
+    finally:
+        stopping.restore()
+
+
 def test_too_few_images_are_refused_with_a_status():
     reference = normal_images(100, 120, 20)
     found = image_quality(reference[:3], reference, "test-pixels")
@@ -184,23 +254,54 @@ def test_inception_takes_grey_images_and_names_its_weights(inception_file):
     assert math.isfinite(found["kid"])
 
 
-def test_absent_inception_weights_are_a_status(tmp_path):
+@pytest.fixture
+def empty_hub(tmp_path, monkeypatch):
+    """No weights in torch's cache, and none named; the requests for downloads."""
+    asked = []
+    monkeypatch.delenv("INDM_BENCH_INCEPTION", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **options: asked.append((url, options)))
+    return asked
+
+
+def test_absent_inception_weights_are_a_status_that_says_how_to_give_them(empty_hub):
     x = normal_images(4, 120, 20)
-    found = image_quality(x, x, "inception", weights=tmp_path / "absent.pth")
+    found = image_quality(x, x, "inception")
     assert found["fid"] is None and found["kid"] is None
     assert found["status"].startswith("not measured: Inception weights not found at ")
-    assert found["status"].endswith("absent.pth, pass --inception-weights")
+    assert found["status"].endswith("-6726825d.pth, set INDM_BENCH_INCEPTION to a path or download")
 
 
-def test_nothing_is_downloaded_unasked(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    asked = []
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, **options: asked.append((url, options)))
+def test_inception_weights_are_those_of_the_environment(empty_hub, inception_file, tmp_path, monkeypatch):
+    x = normal_images(2, 120, 20)
+    monkeypatch.setenv("INDM_BENCH_INCEPTION", str(inception_file))
+    digest = hashlib.sha256(inception_file.read_bytes()).hexdigest()
+    assert image_quality(x, x, "inception", [])["features"] == f"inception-v3-compat-{digest[:8]}"
+    monkeypatch.setenv("INDM_BENCH_INCEPTION", str(tmp_path / "absent.pth"))
+    with pytest.raises(InputError, match="INDM_BENCH_INCEPTION: no file .*absent.pth; accepted: the path of wei"):
+        image_quality(x, x, "inception")
+    with pytest.raises(InputError, match="weights: no file other.pth"):
+        image_quality(x, x, "inception", weights="other.pth")
+
+
+def test_a_file_that_bears_the_published_hash_must_have_it(inception_file, tmp_path):
+    path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    path.write_bytes(inception_file.read_bytes())
+    x = normal_images(4, 120, 20)
+    with pytest.raises(InputError, match="sha256 .*accepted: 6726825d"):
+        image_quality(x, x, "inception", weights=path)
+
+
+def test_nothing_is_downloaded_unasked(empty_hub, monkeypatch):
     x = normal_images(4, 120, 20)
     assert "not found" in image_quality(x, x, "inception")["status"]
-    assert not asked
+    assert not empty_hub
     image_quality(x, x, "inception", weights="download")
-    assert asked[0][0].startswith("https://") and asked[0][1]["hash_prefix"].startswith("6726825d")
+    monkeypatch.setenv("INDM_BENCH_INCEPTION", "download")
+    image_quality(x, x, "inception")
+    assert len(empty_hub) == 2
+    for url, options in empty_hub:
+        assert url.startswith("https://") and options["hash_prefix"].startswith("6726825d")
 
 
 def test_weights_that_execute_code_are_refused(tmp_path):
