@@ -269,7 +269,7 @@ def estimators(
 ) -> None:
     """Measure the estimators' standard error against their cost, from which the defaults are chosen."""
     from bench.config import reports_root
-    from bench.estimators import measure_estimators
+    from bench.estimators.command import measure_estimators
 
     measure_estimators(reports_root() / "estimators" if out is None else out)
 
@@ -287,8 +287,8 @@ def performance(
     """Measure the speed of steps, likelihoods and samples, a case at a time; the same command continues."""
     from bench.performance.command import run_performance
 
-    if run_performance(out, device, only or (), again, quick, limit_seconds, report):
-        raise typer.Exit(1)
+    if code := run_performance(out, device, only or (), again, quick, limit_seconds, report):
+        raise typer.Exit(code)
 
 
 @app.command()

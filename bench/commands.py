@@ -181,10 +181,12 @@ def write_report(suite_name: str | None) -> None:
         report_index()
         print(f"page: {reports_root() / 'index.html'}")
         return
+    from bench.pipeline import record_reports
     from bench.report import report_suite
 
     load_suite(suite_name)
     report_suite(suite_name)
+    record_reports()
     folder = reports_root() / suite_name
     print(f"\n{(folder / 'nll_nelbo_gap.md').read_text().strip()}\n\ntables and figures: {folder}", flush=True)
 

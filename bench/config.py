@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from bench.errors import InputError
-from bench.layers import SECTIONS, merge_all, parse_overrides
 from bench.options import Invalid, Schema, accepted, dotted, locate, show, validate
+from bench.overrides import SECTIONS, merge_all, parse_overrides
 from bench.run_config import (
     CURVE_SETTINGS,
     FACTS,
@@ -63,6 +63,13 @@ class MoreVariants(Schema):
     variants: Annotated[dict[Name, dict | None], Field(min_length=1)]
 
 
+class FolderImages(Schema):
+    """What `indm-bench plan` takes a suite's image folder to hold where it is not at hand. Nothing else reads it."""
+
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
+    test: Annotated[int, Field(ge=1)]
+
+
 class SuiteFile(Schema):
     """The mapping under the one top-level key of a suite's file."""
 
@@ -70,6 +77,7 @@ class SuiteFile(Schema):
     description: str = ""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     datasets: Annotated[dict[Folder, dict | None], Field(min_length=1)]
+    folder: FolderImages | None = None
     defaults: dict
     variants: Annotated[dict[Name, dict | None], Field(min_length=1)]
     more: MoreVariants | None = None
@@ -90,6 +98,7 @@ class Suite:
         self._seeds = {name: content.seeds for name in self.core} | {name: more.seeds for name in self.more}
         self.seeds = list(dict.fromkeys(seed for name in self.variants for seed in self._seeds[name]))
         self.datasets = list(content.datasets)
+        self.folder = content.folder
         self.defaults = content.defaults
         self._content = content
         self._overrides = overrides
@@ -180,6 +189,8 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
             raise InputError(f"{path}: datasets.{dataset}: unknown data set; {accepted([*FACTS, 'folder:<path>'])}")
         if dataset.startswith("folder:") and len(suite.datasets) > 1:
             raise InputError(f"{path}: datasets.{dataset}: an image folder must be the only data set of its suite")
+    if suite.folder is not None and any(dataset in FACTS for dataset in suite.datasets):
+        raise InputError(f"{path}: folder: only of a suite whose data set is folder:<path>")
     if FEATURES in suite.variants:
         raise InputError(f"{path}: variants.{FEATURES}: this name is taken by the folder of the feature classifiers")
     for variant in suite.more.variants if suite.more else ():

@@ -65,6 +65,9 @@ def parse_devices(text: str) -> list[str]:
     for device in devices:
         if not DEVICE.match(device):
             raise InputError(f"--gpus {text}: accepted: numbers or ids of GPUs, or cpu, separated by commas")
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if given and device not in (CPU, *(part.strip() for part in given.split(","))):
+            raise InputError(f"--gpus {text}: {device} is not among CUDA_VISIBLE_DEVICES = {given}; accepted: those")
     return devices
 
 

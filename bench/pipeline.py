@@ -16,8 +16,8 @@ from bench import seals
 from bench.closure import model_files
 from bench.commands import feature_datasets
 from bench.config import CURVE_SETTINGS, Suite, features_file, load_suite, suite_files
-from bench.estimators import MEASURED_RUNS
-from bench.files import write_text_atomic
+from bench.estimators.measured_runs import MEASURED_RUNS
+from bench.files import file_hash, json_text, write_text_atomic
 from bench.yaml_files import dump_yaml
 
 # reproduced by a plain `dvc repro`, in this order: the first tables come from the first
@@ -28,7 +28,11 @@ HEADER = "# Written by `indm-bench pipeline` from the suites. A new variant is a
 # what the pipeline files were last written from; not part of the repository
 STAMP = Path(".checkpoints/pipeline")
 
+REPORTS = Path("reports")
 ESTIMATORS = "reports/estimators"
+# hashes of the reports that other pipelines have written: of what may not be there, DVC can follow a record only, and a
+# stage that depended on the reports themselves would make `dvc repro` run their suites
+OTHERS = REPORTS / "others.json"
 
 # code whose change makes a stage's results stale; the rest (messages, reports, command line) is left out on purpose
 DATA_CODE = ["bench/data.py", "bench/toy.py"]
@@ -96,6 +100,7 @@ def refresh() -> bool:
     Cheap where nothing has: imports no model.
     """
     sources = [*Path("experiments").glob("*.yaml"), *Path("models").rglob("*.py"), *Path("bench").glob("*.py")]
+    sources += other_reports()
     digest = hashlib.sha256()
     for path in sorted(sources):
         digest.update(f"{path}\0".encode() + path.read_bytes())
@@ -107,20 +112,38 @@ def refresh() -> bool:
 
 
 def outdated() -> list[Path]:
-    """Pipeline files that are not what the suites ask for."""
+    """Pipeline files that are not what the suites ask for; the record of reports changes with them, and is none."""
     wanted = pipelines()
+    del wanted[OTHERS]
     differing = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     return differing + [path for path in FOLDER.glob("*/dvc.yaml") if path not in wanted]
 
 
 def pipelines() -> dict[Path, str]:
-    """Text of each pipeline file."""
+    """Text of each pipeline file, and of OTHERS."""
     known = suite_files()
     texts = {Path("dvc.yaml"): pipeline([name for name in LAPTOP if name in known], Path("."))}
     for name in known:
         if name not in LAPTOP:
             texts[FOLDER / name / "dvc.yaml"] = pipeline([name], FOLDER / name)
-    return texts
+    return texts | {OTHERS: others()}
+
+
+def others() -> str:
+    """Text of OTHERS: the hash of each report that is there and that no stage of `dvc.yaml` makes."""
+    return json_text({path.parent.name: file_hash(path) for path in other_reports()})
+
+
+def record_reports() -> None:
+    """Bring OTHERS up to date, so that the page is made anew where another pipeline has written a report."""
+    if OTHERS.is_file() and OTHERS.read_text() != others():
+        write_text_atomic(OTHERS, others())
+
+
+def other_reports() -> list[Path]:
+    """Summaries of the reports that are there and that no stage of `dvc.yaml` makes."""
+    made = (*LAPTOP, Path(ESTIMATORS).name)
+    return sorted(path for path in REPORTS.glob("*/summary.json") if path.parent.name not in made)
 
 
 def pipeline_file(suite: str) -> Path:
@@ -136,20 +159,24 @@ def pipeline(names: list[str], folder: Path) -> str:
     for name in names:
         content["stages"] |= suite_stages(load_suite(name))
     if not up:
-        content["stages"] |= estimator_stages()
-        checked = [f"{ESTIMATORS}/{file}" for file in ("summary.json", "validate.csv")]
-        measured = [f"reports/performance/{file}" for file in ("changes.csv", "cpu.json", "official.csv")]
-        content["stages"]["index"] = {
-            "cmd": "indm-bench report --index",
-            "deps": sorted(["bench/report", *checked, *measured, *(f"reports/{name}/summary.json" for name in names)]),
-            "outs": [uncached("reports/index.html")],
-        }
+        content["stages"] |= estimator_stages() | {"index": index_stage(names)}
     for stage in content["stages"].values():
         if up:
             stage["wdir"] = up
     content["metrics"] = [f"{prefix}reports/{name}/metrics.json" for name in names]
     content["plots"] = [plot(name, title, prefix) for name in names for title in PLOTS]
     return HEADER + dump_yaml(content)
+
+
+def index_stage(names: list[str]) -> dict[str, Any]:
+    """The page over all reports: those of the named suites, and whatever others and measurements of speed are there."""
+    read = [f"{ESTIMATORS}/summary.json", f"{ESTIMATORS}/validate.csv", "reports/performance", "reports/reference.csv"]
+    read += [OTHERS.as_posix(), *(f"reports/{name}/summary.json" for name in names)]
+    return {
+        "cmd": "indm-bench report --index",
+        "deps": sorted(["bench/report", *read]),
+        "outs": [uncached("reports/index.html")],
+    }
 
 
 def estimator_stages() -> dict[str, Any]:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.config import FACTS, RunConfig, load_suite
+from bench.config import FACTS, FolderImages, RunConfig, load_suite
 from bench.errors import InputError
+from bench.plan_evaluations import usual_evaluations
 from bench.provenance import usable_cores
 
 if TYPE_CHECKING:
@@ -23,17 +24,17 @@ if TYPE_CHECKING:
 PROBE_SECONDS = 3.0
 # where in a run its steps are timed: phases come and go, a bridge trains its halves in turn
 SHARES = (0.5, 0.1, 0.9)
-# evaluations of the ODE for an image by a trained network, median of the suite digits at tolerance 1e-4; fifth order
-USUAL_NFE, USUAL_TOLERANCE, ORDER = 80, 1e-4, 5
 # images on which the likelihood is computed a third time, at half the tolerance
 CHECKED_IMAGES = 32
 CURVE_TOLERANCE, CURVE_TIMES = 1e-3, 16
+# of a sampler that solves an ODE and names no tolerance
+USUAL_TOLERANCE = 1e-4
 # of a run's tables and records without arrays, and of a report for each variant and data set (toy2d, digits)
 RECORD_BYTES, REPORT_BYTES = 20_000, 150_000
 PER_IMAGE_ARRAYS = 9
 PICTURED_BYTES = 100_000
-# test images of a data set whose files are not at hand
-PUBLISHED_TESTS = 10_000
+# test images of a data set whose files are not at hand, and how many random ones stand for each of its halves
+PUBLISHED_TESTS, RANDOM_IMAGES = 10_000, 512
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def print_plan(suite_name: str, settings: Sequence[str], minutes: float | None =
     rows, known = [], {}
     for run in cells:
         if run.dataset not in known:
-            known[run.dataset] = data_for(run)
+            known[run.dataset] = data_for(run, suite.folder)
         data, tests, _ = known[run.dataset]
         row = Row(run.variant, run.dataset, len(suite.seeds_of(run.variant)), measure(run, data, tests))
         rows.append(row)
@@ -187,10 +188,11 @@ def size(count: float) -> str:
     return f"{count / 1e3:.3g} kB"
 
 
-def data_for(run: RunConfig) -> tuple[Dataset, int, bool]:
+def data_for(run: RunConfig, folder: FolderImages | None = None) -> tuple[Dataset, int, bool]:
     """The run's data set, its number of test images, and True; False where its files are not at hand.
 
-    Then random images of its shape stand for it. InputError where the shape is not known without the files.
+    Then random images of its shape stand for it. ``folder``: what the suite says of its image folder. InputError where
+    the shape is not known without the files.
     """
     import torch
 
@@ -200,11 +202,12 @@ def data_for(run: RunConfig) -> tuple[Dataset, int, bool]:
         data = load(run.dataset)
         return data, len(data.test), True
     except InputError:
-        if run.dataset not in FACTS:
+        if run.dataset not in FACTS and folder is None:
             raise
-    shape = FACTS[run.dataset][0]
-    images = torch.randint(0, IMAGE_LEVELS, (2, 64, *shape), generator=torch.Generator().manual_seed(0)).byte()
-    return make_dataset(run.dataset, IMAGE_LEVELS, images[0], images[1]), PUBLISHED_TESTS, False
+    shape, tests = (folder.shape, folder.test) if folder else (FACTS[run.dataset][0], PUBLISHED_TESTS)
+    size, source = (2, RANDOM_IMAGES, *shape), torch.Generator().manual_seed(0)
+    images = torch.randint(0, IMAGE_LEVELS, size, dtype=torch.uint8, generator=source)
+    return make_dataset(run.dataset, IMAGE_LEVELS, images[0], images[1]), tests, False
 
 
 def measure(run: RunConfig, data: Dataset | None = None, tests: int | None = None) -> Cost:
@@ -215,7 +218,6 @@ def measure(run: RunConfig, data: Dataset | None = None, tests: int | None = Non
     import torch
 
     from bench.checkpoint import KEEP
-    from bench.likelihood import bound_is_chain, chain_steps
     from bench.plan_probe import NOTHING, Probe
     from models.base import Model
 
@@ -225,29 +227,33 @@ def measure(run: RunConfig, data: Dataset | None = None, tests: int | None = Non
     settings, training, model = run.evaluate, run.train, probe.model
     step = probe.training(SHARES)
     ode, bound, sampling = probe.ode_evaluation(), probe.bound(settings.nelbo_times), probe.sampling_step()
-    images = min(settings.images or tests, tests)
+    images, dims = min(settings.images or tests, tests), math.prod(data.shape)
+
+    def evaluations_of(solver: str, tolerance: float) -> float:
+        return usual_evaluations(solver, run.model.get("preconditioning"), tolerance, dims)
 
     # corrected and uncorrected NLL, and the check of the tolerance
-    likelihood = ode * (usual_evaluations(settings.rtol) * (2 * images + min(CHECKED_IMAGES, images)))
+    solved = evaluations_of(settings.solver, settings.rtol) * 2 * images
+    solved += evaluations_of(settings.solver, settings.rtol / 2) * min(CHECKED_IMAGES, images)
+    likelihood = ode * solved
     likelihood += bound * (images * settings.nelbo_repeats)
-    steps = chain_steps(model)
-    if steps is not None and not bound_is_chain(model):
+    steps = model.chain_steps
+    if steps is not None and not model.bound_is_chain:
         discrete = type(model).discrete_parts is not Model.discrete_parts and data.levels is not None
         likelihood += sampling * (images * settings.nelbo_repeats * steps * (2 if discrete else 1))
     drawn = NOTHING
     for entry in settings.samplers:
         if entry["steps"] == [0]:
-            evaluations = usual_evaluations(entry.get("rtol", USUAL_TOLERANCE))
+            evaluations = evaluations_of("sampler", entry.get("rtol", USUAL_TOLERANCE))
         else:
             evaluations = sum(entry["steps"]) * probe.evaluations_per_step(entry["name"])
         drawn += sampling * (evaluations * settings.samples)
     curve_images = min(training.curve_images, tests)
-    point = ode * (usual_evaluations(CURVE_TOLERANCE) * curve_images)
+    point = ode * (evaluations_of("dopri5", CURVE_TOLERANCE) * curve_images)
     point += bound * (curve_images * CURVE_TIMES / settings.nelbo_times)
     point += sampling * (training.curve_samples * training.curve_steps)
     trained, evaluated = step * training.steps + point * training.curve, likelihood + drawn
     state, moments = probe.state_bytes(), 2 * probe.trained_bytes()
-    dims = math.prod(data.shape)
     return Cost(
         images=training.steps * training.batch_size,
         train=trained.seconds,
@@ -259,8 +265,3 @@ def measure(run: RunConfig, data: Dataset | None = None, tests: int | None = Non
         results=RECORD_BYTES + 8 * PER_IMAGE_ARRAYS * images + PICTURED_BYTES,
         samples=4 * dims * settings.samples if settings.samplers else 0,
     )
-
-
-def usual_evaluations(tolerance: float) -> float:
-    """Evaluations of an ODE by a trained network at a tolerance, as an order-5 solver needs them."""
-    return USUAL_NFE * (USUAL_TOLERANCE / tolerance) ** (1 / ORDER)

@@ -11,7 +11,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from bench.acceleration import LAYOUTS, float32, to_layout
+from bench.acceleration import LAYOUTS, float32
 from bench.averages import Ema
 from bench.config import RunConfig
 from bench.data import Dataset, dequantise
@@ -19,6 +19,7 @@ from bench.likelihood import FAILURES, nelbo_per_image, nll_per_image
 from bench.sampling import draw
 from bench.step_costs import count_flops, step_costs
 from bench.train import build_model
+from bench.training_data import Batches
 from models.noise import StepRandom
 
 # items on which a part is timed first, and how many times more each next attempt takes
@@ -61,21 +62,24 @@ class Probe:
             name: torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=True) for name, params in groups.items()
         }
         self.ema = Ema(self.model, run.train.ema)
+        self.batches = Batches(data, run.train, run.seed, device)  # as in training: images lie on the device
+        self._points: dict[int, Tensor] = {}
 
     def points(self, count: int) -> Tensor:
-        """``count`` model variables: training images, repeated where they are too few, or points."""
-        rows = torch.arange(count) % len(self.data.train)
-        items = self.data.train[rows]
-        if self.data.levels is not None:
-            items = dequantise(items, torch.full(items.shape, 0.5), self.data.levels)
-        return items.to(self.device)
+        """``count`` model variables: training images, repeated where they are too few, or points; made once."""
+        if count not in self._points:
+            items = self.data.train[torch.arange(count) % len(self.data.train)]
+            if self.data.levels is not None:
+                items = dequantise(items, torch.full(items.shape, 0.5), self.data.levels)
+            self._points[count] = items.to(self.device)
+        return self._points[count]
 
     # Training ------------------------------------------------------------------------------------------------------
 
     def training(self, shares: tuple[float, ...]) -> Part:
         """One optimiser step of the whole batch, mean over places ``shares`` of the run."""
         batch, parts = self.run.train.batch_size, []
-        calls = 1 if getattr(self.model, "refresh", None) is None else 3  # of a count, see _amortised
+        calls = 1 if self.model.refresh is None else 3  # of a count, see _amortised
         self.model.train()
         for share in shares:
             step = self._usual_step(share)
@@ -115,7 +119,7 @@ class Probe:
     def _step(self, n: int, step: int, whole: bool = False) -> None:
         """Losses and gradients of ``n`` images at a training step; ``whole``: and the optimiser's and the averages'."""
         random = StepRandom(self.run.seed, step, n, (0, n), self.device)
-        x = to_layout(self.points(n), self.run.train.memory_format)
+        x = self.batches(step, random)
         half = self.run.train.mixed_precision == "bf16"
         for phase in self.phases:
             if not phase.due(step):
@@ -134,20 +138,18 @@ class Probe:
             self.ema.update()
 
     def _usual_step(self, share: float) -> int:
-        """The step at a share of the run, or the one after it where a bridge simulates new paths."""
+        """The step at a share of the run, or the one after it where the model simulates new paths."""
         step = round(share * (self.run.train.steps - 1))
-        refresh = getattr(self.model, "refresh", None)
-        return step + 1 if refresh and self.model.half_at(step)[1] % refresh == 0 else step
+        return step + 1 if self.model.renews_paths(step) else step
 
     def _amortised(self, cost: Callable[[], float]) -> float:
-        """Mean cost of a step, of which a bridge simulates new paths in one of every ``refresh``."""
-        refresh = getattr(self.model, "refresh", None)
-        if refresh is None:
+        """Mean cost of a step, of which a model that keeps paths simulates new ones in one of every ``refresh``."""
+        if self.model.refresh is None:
             return cost()
         cost()  # whatever the half before it left is replaced
         usual = cost()
-        self.model.paths = self.model.paths[:0]
-        return usual + max(0.0, cost() - usual) / refresh
+        self.model.drop_paths()
+        return usual + max(0.0, cost() - usual) / self.model.refresh
 
     # Evaluation ----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What `indm-bench plan` says, against counts of its own: arithmetic, memory, files on disk, sums over runs."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from bench import plan, plan_probe
 from bench.checkpoint import KEEP, published
 from bench.config import load_suite
 from bench.data import load
-from bench.plan import Cost, Row, makespan, measure, stage_seconds, totals, usual_evaluations
+from bench.errors import InputError
+from bench.plan import Cost, Row, makespan, measure, stage_seconds, totals
 from bench.plan_probe import Probe, extrapolated
 from bench.step_costs import step_costs
 from bench.train import Trainer, train
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 SHORT = ["train.steps=6", "train.checkpoint_every=2", "train.curve=1", "train.curve_images=4", "train.curve_samples=0"]
 
@@ -92,9 +95,21 @@ def test_work_that_is_too_slow_is_timed_on_few_items(monkeypatch):
         assert found == pytest.approx(52 if largest > 2 else 150)  # two sizes tell the call's part from the items'
 
 
-def test_solver_of_order_five():
-    assert usual_evaluations(plan.USUAL_TOLERANCE) == plan.USUAL_NFE
-    assert usual_evaluations(plan.USUAL_TOLERANCE / 32) == pytest.approx(2 * plan.USUAL_NFE)
+def test_a_timed_step_takes_its_batch_as_training_does(monkeypatch):
+    """No image is gathered, dequantised or sent anew by the probe itself."""
+    run = smoke("ddpmpp-vp", "digits")
+    probe, seen = Probe(run, load("digits"), CPU, 0.0), []
+    monkeypatch.setattr(plan_probe, "dequantise", None)
+    for phase in probe.phases:
+        original = phase.loss_fn
+        wrapped = lambda x, random, original=original: (seen.append(x), original(x, random))[1]  # noqa: E731
+        object.__setattr__(phase, "loss_fn", wrapped)
+    size = run.train.batch_size
+    probe._step(size, 3)
+    wanted = probe.batches(3, plan_probe.StepRandom(run.seed, 3, size, (0, size), CPU))
+    assert len(wanted) == size and torch.equal(seen[0], wanted)
+    monkeypatch.undo()
+    assert probe.points(5) is probe.points(5)
 
 
 def row(variant, dataset, seeds, seconds):
@@ -123,3 +138,39 @@ def test_a_data_set_that_is_not_here_is_planned_for_by_its_shape(tmp_path, monke
     monkeypatch.setenv("INDM_BENCH_DATA", str(tmp_path))
     data, tests, found = plan.data_for(load_suite("cifar10").runs("ddpmpp-vp", 0)[0])
     assert not found and tests == 10_000 and data.shape == (3, 32, 32) and math.prod(data.train.shape) > 0
+
+
+def test_an_image_folder_that_is_not_here_is_planned_for_by_what_its_suite_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    suite = load_suite("celeba64")
+    run = suite.runs("ddpmpp-vp", 0)[0]
+    with pytest.raises(InputError, match="celeba64"):
+        plan.data_for(run)
+    data, tests, found = plan.data_for(run, suite.folder)
+    assert not found and tests == 19_962 and data.shape == (3, 64, 64)
+    assert data.levels == 256 and data.test.unique().numel() == 256
+
+
+def test_what_a_suite_says_of_its_folder_is_no_setting(tmp_path, monkeypatch):
+    text = (ROOT / "experiments" / "celeba64.yaml").read_text()
+    (tmp_path / "experiments").mkdir()
+    path = tmp_path / "experiments" / "celeba64.yaml"
+    monkeypatch.chdir(tmp_path)
+
+    def hashes(said):
+        path.write_text(text.replace("  folder: {shape: [3, 64, 64], test: 19962}\n", said))
+        return [(run.hash, run.training_hash) for run in load_suite("celeba64").runs()]
+
+    assert hashes("") == hashes("  folder: {shape: [1, 8, 8], test: 2}\n") and len(hashes("")) == 5
+    for said, problem in (
+        ("{shape: [64, 64], test: 1}", r"folder\.shape"),
+        ("{shape: [3, 64, 0], test: 1}", r"folder\.shape"),
+        ("{shape: [3, 64, 64], test: 0}", r"folder\.test = 0"),
+        ("{shape: [3, 64, 64]}", r"folder\.test: missing"),
+        ("{shape: [3, 64, 64], test: 1, train: 1}", r"folder\.train: unknown key"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            hashes(f"  folder: {said}\n")
+    text = text.replace('"folder:data/celeba64": {}', "cifar10: {}")
+    with pytest.raises(InputError, match="folder: only of a suite whose data set is folder:<path>"):
+        hashes("  folder: {shape: [3, 64, 64], test: 1}\n")

@@ -108,7 +108,7 @@ def test_training_settings_are_the_published_ones():
             assert train.ema == (0.999 if run.model["sde"]["name"] == "ve" else 0.9999)
             assert (run.evaluate.nelbo_repeats, run.evaluate.samples, run.evaluate.probes) == (3, 50_000, 1)
             # VP: the multistep solver, at the tolerance whose error is below the published solver's at 1e-5
-            solver, tolerance = ("dopri5", 1e-5) if run.model["sde"]["name"] == "ve" else ("adams", 1e-3)
+            solver, tolerance = ("dopri5", 1e-5) if run.model["sde"]["name"] == "ve" else ("adams", 6e-4)
             assert (run.evaluate.solver, run.evaluate.rtol, run.evaluate.atol) == (solver, tolerance, tolerance)
             assert run.model["sde"]["eps"] == 1e-5
             first, indm = run.evaluate.samplers[0], run.variant.startswith("indm")

@@ -14,6 +14,7 @@ from bench.performance import changes, goals
 from bench.performance.evaluations import (
     ADAMS,
     CLOSE,
+    MIDDLE,
     OFFICIAL,
     OURS,
     WAYS,
@@ -140,7 +141,7 @@ def nll_case(size: str, kind: str, steps: int, count: int, effort: Effort) -> di
     timing = in_turn(lambda: field(place, x), effort.rounds, reference)
     floor = count_flops(lambda: field(place, x)) / count_flops(reference)
     problem = of_network(model, x[:COMPARED])
-    ways = tuple(WAYS) if (size, kind, steps) == EXPLAINED else (OFFICIAL, OURS, CLOSE, ADAMS)
+    ways = tuple(WAYS) if (size, kind, steps) == EXPLAINED else (OFFICIAL, OURS, CLOSE, MIDDLE, ADAMS)
     found = compare(problem, TOLERANCE, *strict_solution(model, problem, effort), ways)
     return timing.record() | {
         "batch": count,

@@ -17,15 +17,19 @@ def run_performance(
     limit_seconds: float | None = None,
     report_only: bool = False,
 ) -> int:
-    """Measure the cases that ``out`` lacks and write its index.md; 1 where a case failed. InputError for bad input."""
+    """Measure the cases that ``out`` lacks and write its index.md; the exit code. InputError for bad input.
+
+    75 where the limit left cases for the next command, else 1 where a case failed.
+    """
     from bench.config import reports_root
     from bench.performance.record import DEVICES, measure
     from bench.report.performance_page import write_performance
+    from bench.stopping import EXIT_CODE
 
     out = reports_root() / "performance" if out is None else out
     if out.is_file():
         raise InputError(f"--out {out}: is a file; accepted: a folder")
-    failed: list[str] = []
+    code = 0
     if not report_only:
         import torch
 
@@ -36,6 +40,7 @@ def run_performance(
             raise InputError("--device gpu: no CUDA device is there; accepted: cpu")
         if limit_seconds is not None and not limit_seconds > 0:
             raise InputError(f"--limit-seconds {limit_seconds:g}: must be greater than 0")
-        failed = measure(out, device or found, only, again, quick, limit_seconds)
+        outcome = measure(out, device or found, only, again, quick, limit_seconds)
+        code = EXIT_CODE if outcome.left else 1 if outcome.failed else 0
     write_performance(out)
-    return 1 if failed else 0
+    return code

@@ -18,17 +18,20 @@ import torch
 from bench.acceleration import compile_networks, float32
 from bench.performance import goals
 from bench.performance.cases import TOLERANCE, Case, Effort
-from bench.performance.evaluations import Problem, solve_rk45
+from bench.performance.evaluations import Problem, Solution, solve_rk45
 from bench.performance.loop import PlainStep, batch
 from bench.performance.sizes import build, run_of, size_named
 from bench.performance.timing import clocked, side_by_side
 from bench.step_costs import count_flops
 from models.base import Model
+from models.integrators import likelihood_path
 from models.noise import IndexedGenerator
 
 KINDS = ("ddpmpp", "indm-nll")
 SAMPLER, SAMPLER_STEPS = "ddim", 20
 NLL_IMAGES, SAMPLES = 64, 256
+# a training runs ahead of its device: so many steps are timed as one
+STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -109,29 +112,39 @@ def _step(size: str, kind: str, way: Way, device: str, **options: Any) -> Callab
     return run
 
 
+def several(step: Callable[[], Any]) -> Callable[[], None]:
+    """``STEPS`` steps."""
+
+    def run() -> None:
+        for _ in range(STEPS):
+            step()
+
+    return run
+
+
 def step_case(size: str, kind: str, way: Way, device: str, effort: Effort) -> dict[str, Any]:
     """The optimiser step: images a second, share of the measured matrix rates, memory; beside the plain loop."""
     images = size_named(size).batch
     plain = _step(size, kind, PLAIN, device, fused=False, foreach=False)
     flops = count_flops(plain)
     forget(device)
-    plain_timing = side_by_side({"plain": plain}, effort.rounds, device, warmup=3)["plain"]
+    plain_seconds = side_by_side({"plain": several(plain)}, effort.rounds, device, warmup=1)["plain"].seconds / STEPS
     plain_peak = peak_gib(device)
     del plain
     forget(device)
     fast = _step(size, kind, way, device)
-    timing = side_by_side({"fast": fast}, effort.rounds, device, warmup=5)["fast"]
+    seconds = side_by_side({"fast": several(fast)}, effort.rounds, device, warmup=2)["fast"].seconds / STEPS
     measured = rates(device)
     own = "bf16_rate" if way.bf16 else "tf32_rate" if way.tf32 else "float32_rate"
     return {
-        "seconds": timing.seconds,
-        "images_per_second": images / timing.seconds,
-        "plain_seconds": plain_timing.seconds,
-        "times_faster": plain_timing.seconds / timing.seconds,
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+        "plain_seconds": plain_seconds,
+        "times_faster": plain_seconds / seconds,
         "goal_times": goals.GPU["step"],
         "flops": flops,
-        "utilisation": flops / timing.seconds / measured["bf16_rate"],
-        "utilisation_own": flops / timing.seconds / measured[own],
+        "utilisation": flops / seconds / measured["bf16_rate"],
+        "utilisation_own": flops / seconds / measured[own],
         "goal_utilisation": goals.GPU_UTILISATION,
         "peak_gib": peak_gib(device),
         "plain_peak_gib": plain_peak,
@@ -154,7 +167,10 @@ def _frozen(size: str, kind: str, way: Way, device: str) -> Model:
 
 
 def nll_case(size: str, kind: str, way: Way, device: str, effort: Effort) -> dict[str, Any]:
-    """The ODE's likelihood at 1e-5 beside the official method on the same images, its part in the flow left out."""
+    """The ODE's likelihood of the same latents as the suite solves it, beside the official method at 1e-5.
+
+    ``difference``: how far their log-densities lie apart, nats/dim in the mean.
+    """
     count = min(NLL_IMAGES, 8 * size_named(size).batch)
     x = batch(size, count, device=device)
     index = torch.arange(count, device=device)
@@ -162,38 +178,41 @@ def nll_case(size: str, kind: str, way: Way, device: str, effort: Effort) -> dic
     with torch.no_grad():
         z = plain.latent(x, IndexedGenerator(0, "latent", index))
     probes = torch.ones((1, *z.shape), device=device)
-    slow: dict[str, Any] = {}
+    found: dict[str, Solution] = {}
+
+    def official(problem: Problem) -> None:
+        found["plain"] = solve_rk45(problem, TOLERANCE)
 
     problem = Problem(_twice(plain.noise), plain.sde, z, probes)
-    _, plain_wall = clocked(partial(_keep, slow, problem), device)
+    _, plain_wall = clocked(partial(official, problem), device)
+    density, dims = plain.sde.prior_log_prob, z[0].numel()
     del plain, problem
     forget(device)
-    model, found, solver = _frozen(size, kind, way, device), {}, run_of(kind).evaluate.solver
+    model, settings = _frozen(size, kind, way, device), run_of(kind).evaluate
 
     def ours() -> None:
-        source = IndexedGenerator(0, "nll", index)
         with way.precision(device):
-            found.update(model.nll_parts(x, TOLERANCE, TOLERANCE, generator=source, solver=solver))
+            tolerances = settings.rtol, settings.atol
+            found["ours"] = Solution(*likelihood_path(model.noise, model.sde, z, probes, *tolerances, settings.solver))
 
     _, first = clocked(ours, device)
     _, wall = clocked(ours, device)
+    apart = found["ours"].log_density(density) - found["plain"].log_density(density)
     return {
         "images": count,
-        "solver": solver,
+        "solver": settings.solver,
+        "tolerance": settings.rtol,
         "seconds": wall,
         "first_seconds": first,  # compilation included
         "seconds_per_image": wall / count,
-        "evaluations": float(found["nfe"].double().mean()),
+        "evaluations": float(found["ours"].evaluations.double().mean()),
         "plain_seconds": plain_wall,
-        "plain_evaluations": float(slow["used"].double().mean()),
+        "plain_evaluations": float(found["plain"].evaluations.double().mean()),
+        "difference": float(apart.abs().mean()) / dims,
         "times_faster": plain_wall / wall,
         "goal_times": goals.GPU["nll"],
         "peak_gib": peak_gib(device),
     }
-
-
-def _keep(found: dict[str, Any], problem: Problem) -> None:
-    found["used"] = solve_rk45(problem, TOLERANCE).evaluations
 
 
 def _twice(noise: Callable) -> Callable:
@@ -207,13 +226,28 @@ def _twice(noise: Callable) -> Callable:
     return predict
 
 
+def _invert_in_full(model: Model) -> None:
+    """Let the flow's inverse multiply with all bits, as it does in every evaluation."""
+    inverse = model.flow.inverse
+
+    def in_full(*arguments: Any, **options: Any) -> torch.Tensor:
+        with float32(tf32=False):
+            return inverse(*arguments, **options)
+
+    model.flow.inverse = in_full
+
+
 def sampling_case(size: str, kind: str, way: Way, device: str, effort: Effort) -> dict[str, Any]:
-    """Samples a second at one number of steps beside the plain way, and how far the same samples lie apart."""
+    """Samples a second at one number of steps beside the plain way, and how far the same samples lie apart.
+
+    Of the networks: the suites' evaluations sample in float32, whatever the training's precision was.
+    """
     count = min(SAMPLES, 128 * size_named(size).batch)
     index, drawn, times = torch.arange(count, device=device), {}, {}
     for name, used in (("plain", PLAIN), ("fast", way)):
         forget(device)
         model = _frozen(size, kind, used, device)
+        _invert_in_full(model)
 
         def draw(model: Model = model, used: Way = used, name: str = name) -> None:
             with used.precision(device):

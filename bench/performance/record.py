@@ -5,13 +5,14 @@ A killed measurement continues: finished cases are left alone, and the file is p
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ SCHEMA = 1
 DEVICES = ("cpu", "gpu")
 # a case that takes longer has failed
 CASE_SECONDS = 1500
+# share of a limit that the case in hand may take beyond it
+MARGIN = 0.25
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Names of the cases that ``failed``, now or before, and of those ``left`` because the limit came first."""
+
+    failed: list[str]
+    left: list[str]
 
 
 def cases_of(device: str) -> list:
@@ -68,31 +79,37 @@ def measure(
     again: bool = False,
     quick: bool = False,
     limit_seconds: float | None = None,
-) -> list[str]:
-    """Measure what ``out``/{device}.json lacks, one process a case; the names of the cases that failed.
+) -> Outcome:
+    """Measure what ``out``/{device}.json lacks, one process a case; cases that failed before come last.
 
-    ``again``: measured cases too. ``quick``: few rounds, a rehearsal. ``limit_seconds``: begin no case after that.
+    ``again``: measured cases too. ``quick``: few rounds, a rehearsal. ``limit_seconds``: begin no case after that, and
+    end the one in hand a quarter of it later; the next command begins with that case.
     """
     path, started, failed = out / f"{device}.json", time.monotonic(), []
-    wanted = chosen(device, only)
-    record = load_record(path)
-    for number, case in enumerate(wanted, 1):
-        found = record["cases"].get(case.name)
-        if found and "problem" not in found and not again:
-            continue
-        if limit_seconds is not None and time.monotonic() - started > limit_seconds:
-            print(f"stopped after {limit_seconds:g} s before {case.name}; the same command continues", flush=True)
-            break
+    limit = math.inf if limit_seconds is None else limit_seconds
+    wanted, known = chosen(device, only), load_record(path)["cases"]
+    bad = {name for name, found in known.items() if "problem" in found}
+    waiting = [case.name for case in wanted if again or case.name not in known or case.name in bad]
+    waiting.sort(key=lambda name: name in bad)
+    for number, name in enumerate(waiting, 1):
         began = time.monotonic()
-        result = in_own_process(device, case.name, quick)
+        spare = limit - (began - started)
+        patience = min(CASE_SECONDS, spare + MARGIN * limit)
+        result = in_own_process(device, name, quick, patience) if spare > 0 else None
+        if result is None and (spare <= 0 or (patience < CASE_SECONDS and number > 1)):
+            print(f"stopped by the limit of {limit:g} s at {name}; the same command continues", flush=True)
+            rest = waiting[number - 1 :]
+            # what only fails again is no reason to come back
+            return Outcome(failed + [name for name in rest if name in bad], [n for n in rest if n not in bad])
+        result = result or {"problem": f"not finished after {patience:.0f} s"}
         # whoever else writes the file is not lost
         record = load_record(path)
-        record["cases"][case.name] = result
+        record["cases"][name] = result
         write_json(path, record)
         took, problem = time.monotonic() - began, result.get("problem")
-        print(f"[{number}/{len(wanted)}] {case.name}: {problem or brief(result)} ({took:.0f} s)", flush=True)
-        failed += [case.name] if problem else []
-    return failed
+        print(f"[{number}/{len(waiting)}] {name}: {problem or brief(result)} ({took:.0f} s)", flush=True)
+        failed += [name] if problem else []
+    return Outcome(failed, [])
 
 
 def brief(result: dict[str, Any]) -> str:
@@ -101,19 +118,22 @@ def brief(result: dict[str, Any]) -> str:
     return ", ".join(f"{name} {result[name]:.4g}" for name in shown if isinstance(result.get(name), int | float))
 
 
-def in_own_process(device: str, name: str, quick: bool) -> dict[str, Any]:
-    """Measure one case in a fresh process, whose memory and caches are its own; {"problem"} where it failed."""
+def in_own_process(device: str, name: str, quick: bool, seconds: float = CASE_SECONDS) -> dict[str, Any] | None:
+    """Measure one case in a fresh process, whose memory and caches are its own.
+
+    {"problem"} where it failed; None where it was ended because it took longer than ``seconds``.
+    """
     # a fork spares the imports; CUDA does not survive one
     method = "fork" if device == "cpu" and sys.platform == "linux" else "spawn"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         child = get_context(method).Process(target=_child, args=(device, name, result, quick))
         child.start()
-        child.join(CASE_SECONDS)
+        child.join(seconds)
         if child.is_alive():
             child.kill()
             child.join()
-            return {"problem": f"not finished after {CASE_SECONDS} s"}
+            return None
         return read_json(result) if result.is_file() else {"problem": f"ended with exit code {child.exitcode}"}
 
 

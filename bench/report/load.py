@@ -13,7 +13,7 @@ from bench import seals
 from bench.errors import InputError
 from bench.files import read_json
 from bench.report import shapes
-from bench.studies import STUDIES
+from bench.studies.names import STUDIES
 
 SCHEMA = 1
 LIKELIHOOD, CURVE, ROBUSTNESS, PROVENANCE = (

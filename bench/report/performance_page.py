@@ -139,7 +139,7 @@ def steps(record: Record) -> View:
     caption = (
         "Whole optimiser steps: zero_grad, losses of all phases, backward, clipping, AdamW, moving average. The "
         "specification’s INDM has a global latent. Compiled: the score network by torch.compile. Times faster: "
-        "official in c over ours in c, each by the c of its own run. Memory: the process’s peak, and by how much it "
+        "the official code’s seconds over ours, measured in turn. Memory: the process’s peak, and by how much it "
         "is above what the process held before the network was built, here and in the official code."
     )
     view = _view("The optimiser step", caption, columns, ("reached", "reached here"))
@@ -147,8 +147,10 @@ def steps(record: Record) -> View:
         if _problem_row(view, _name(name), case):
             continue
         there = record.official.get(f"step/{name.removesuffix('/compiled').removesuffix('-local')}") or {}
-        own, theirs = finite(case.get("multiple")), finite(there.get("multiple"))
-        faster = theirs / own if own and theirs else None
+        own, seconds, theirs = (
+            finite(one) for one in (case.get("multiple"), case.get("seconds"), there.get("seconds"))
+        )
+        faster = theirs / seconds if seconds and theirs else None
         asked = 1 / case["share"] if case.get("share") else None
         other = "another flow" if name.endswith("-local") else ""  # than the official one, which it stands beside
         view.rows.append(
@@ -178,7 +180,7 @@ def likelihoods(record: Record) -> View:
         "in c",
         "its arithmetic in c",
     ]
-    columns += ["spec: official in c", "spec asks", "reached", "official here in c", "times faster"]
+    columns += ["spec: official in c", "spec asks", "reached", "official here, s", "times faster"]
     columns += ["evaluations, mean", "largest", "RK45 in t, one norm", "spec: official", "half of RK45’s"]
     caption = (
         "Likelihood by the probability-flow ODE as the suite cifar10 solves it. An evaluation gives drift and "
@@ -192,7 +194,9 @@ def likelihoods(record: Record) -> View:
         if _problem_row(view, _name(name), case):
             continue
         there = record.official.get(f"nll/{name}") or {}
-        own, theirs = finite(case.get("multiple")), finite(there.get("multiple"))
+        own, seconds, theirs = (
+            finite(one) for one in (case.get("multiple"), case.get("seconds"), there.get("seconds"))
+        )
         compared = list((case.get("ways") or {}).values())
         rk45 = finite(compared[0].get("evaluations")) if compared else None
         words = [halved_at_no_larger_error(compared[0], way) for way in compared[1:]]
@@ -204,7 +208,7 @@ def likelihoods(record: Record) -> View:
                 *(_digits(case.get(key)) for key in ("official_multiple", "goal_multiple")),
                 _reached(own, case.get("goal_multiple"), case.get("flops_in_c")),
                 _digits(theirs),
-                _digits(theirs / own if own and theirs else None),
+                _digits(theirs / seconds if seconds and theirs else None),
                 *(_digits(case.get(key)) for key in ("evaluations", "evaluations_max")),
                 *map(_digits, (rk45, case.get("official_evaluations"))),
                 next((word for word in words if word == "yes"), words[-1] if words else BLANK),

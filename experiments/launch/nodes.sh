@@ -4,8 +4,8 @@
 #   on the first:    experiments/launch/nodes.sh 0 HOST cifar10 indm-vp-nll --seed 0
 #   on the second:   experiments/launch/nodes.sh 1 HOST cifar10 indm-vp-nll --seed 0
 #
-# HOST is the first node as the others reach it. What follows goes to `indm-bench train`. Variables, with their defaults:
-#   NODES=2  PORT=29500  GPUS=(all of this node)
+# HOST is the first node as the others reach it. What follows goes to `indm-bench $STAGE`. Variables, with their defaults:
+#   STAGE=train (or evaluate)  NODES=2  PORT=29500  GPUS=(all of this node)
 # train.batch_size is the global batch; it must be divisible by the number of processes, nodes x GPUs.
 #
 # Run it in the repository, with the virtual environment activated, on a file system that all nodes share: each process
@@ -34,4 +34,4 @@ exec torchrun \
     --master-port="${PORT:-29500}" \
     --nproc-per-node="${GPUS:-$(( found > 0 ? found : 1 ))}" \
     --max-restarts=0 \
-    -m bench.cli train "$@" --workers 1
+    -m bench.cli "${STAGE:-train}" "$@" --workers 1

@@ -47,7 +47,7 @@ export PYTHONUNBUFFERED=1
 
 # One torchrun a node, which starts one process a GPU. With --workers 1 the runs, if there are several, are trained one
 # after the other, each on all processes.
-srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
     torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="$processes" \
