@@ -13,26 +13,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.adaptive import Control, Field, going
-from models.sde import expand
+from models.adaptive import Control, Field, choose, going, opening
 
-# Gauss-Legendre nodes and weights on [0, 1], exact for the interpolants of up to six slopes
+# Gauss-Legendre nodes and weights on [0, 1], exact for the interpolants of up to MAX_ORDER + 1 = 6 slopes
+MAX_ORDER = 5
 _GAUSS = ((0.5 - 0.15**0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.15**0.5, 5 / 18))
 
 
 class AdamsState(NamedTuple):
-    """Where each sample of a batch of B stands, with the last K slopes, newest first; ``known`` of them exist."""
+    """See :class:`models.adaptive.State`, with the last K slopes, newest first; ``known`` of them exist."""
 
-    u: Tensor  # (B, ...)
-    log_det: Tensor  # (B,)
-    position: Tensor  # (B,)
-    remaining: Tensor  # (B,)
-    fraction: Tensor  # (B,) the next step as a share of the span
+    u: Tensor
+    log_det: Tensor
+    position: Tensor
+    remaining: Tensor
+    fraction: Tensor
+    nfe: Tensor
     slopes: Tensor  # (B, K, ...) and their divergences (B, K), met at the position + places (B, K)
     divergences: Tensor
     places: Tensor
     known: Tensor  # (B,)
-    nfe: Tensor  # (B,)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Adams:
     """Predict by the interpolant of the last K = ``order`` slopes, evaluate, correct by that of all K + 1 (PEC).
 
     Of the order K + 1, and its error that of the prediction. The first steps use as many slopes as there are. A
-    sample's steps grow at most ``growth`` times.
+    sample's steps grow at most ``growth`` times. ValueError for an order that the quadrature is not exact for.
     """
 
     order: int = 4
@@ -48,14 +48,21 @@ class Adams:
     growth: float = 3.0
     evaluations: int = 1
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.order <= MAX_ORDER:
+            raise ValueError(f"order = {self.order}: accepted are 1 to {MAX_ORDER}")
+
     def begin(self, field: Field, u: Tensor, start: Tensor, span: Tensor) -> AdamsState:
         """See :class:`models.adaptive.Method`."""
-        ones, count = torch.ones_like(start), torch.ones(len(u), dtype=torch.long, device=u.device)
         slope, divergence = field(start, u)
-        first = torch.full_like(start, self.first)
-        past = slope[:, None].expand(-1, self.order, *u.shape[1:]), divergence[:, None].expand(-1, self.order)
-        places = start.new_zeros(len(u), self.order)
-        return AdamsState(u, u.new_zeros(len(u)), start.clone(), ones, first, *past, places, count, count.clone())
+        common = opening(u, start, self.first)
+        return AdamsState(
+            **common,
+            slopes=slope[:, None].expand(-1, self.order, *u.shape[1:]),
+            divergences=divergence[:, None].expand(-1, self.order),
+            places=start.new_zeros(len(u), self.order),
+            known=common["nfe"].clone(),
+        )
 
     def advance(self, field: Field, state: AdamsState, control: Control) -> tuple[AdamsState, Tensor]:
         """See :class:`models.adaptive.Method`."""
@@ -73,21 +80,18 @@ class Adams:
         u, log_det = _step(state, slopes, divergences, weights(ahead, length, state.known + 1))
         error = control.error(state, u, log_det, u - predicted_u, log_det - predicted_l)
         accept = (error <= 1) & active
-
-        def chosen(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(expand(accept, old), new, old)
-
         following = AdamsState(
-            chosen(u, state.u),
-            chosen(log_det, state.log_det),
-            chosen(state.position + h, state.position),
-            chosen(state.remaining - share, state.remaining),
-            share * (0.9 * error.clamp_min(1e-12) ** (-1 / (state.known + 1).to(error))).clamp(0.3, self.growth),
-            chosen(slopes[:, :-1], state.slopes),
-            chosen(divergences[:, :-1], state.divergences),
-            chosen(ahead[:, :-1] - length[:, None], state.places),
-            torch.where(accept, (state.known + 1).clamp(max=self.order), state.known),
-            state.nfe + active,
+            u=choose(accept, u, state.u),
+            log_det=choose(accept, log_det, state.log_det),
+            position=choose(accept, state.position + h, state.position),
+            remaining=choose(accept, state.remaining - share, state.remaining),
+            fraction=share
+            * (0.9 * error.clamp_min(1e-12) ** (-1 / (state.known + 1).to(error))).clamp(0.3, self.growth),
+            nfe=state.nfe + active,
+            slopes=choose(accept, slopes[:, :-1], state.slopes),
+            divergences=choose(accept, divergences[:, :-1], state.divergences),
+            places=choose(accept, ahead[:, :-1] - length[:, None], state.places),
+            known=choose(accept, (state.known + 1).clamp(max=self.order), state.known),
         )
         return following, error
 

@@ -10,22 +10,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from models.sde import expand
+
 # field(position (B,), u (B, ...)) -> (du/dposition (B, ...), divergence (B,))
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-# A method's named tuple of tensors of the batch's length, with at least u (B, ...), log_det (B,), the integral of the
-# divergence so far, remaining (B,), the share of the span that is left, and nfe (B,)
-State = Any
 # the accuracy of "remaining": below it a sample has arrived
 _ARRIVED = 1e-7
 
 
 class IntegrationError(RuntimeError):
     """The adaptive solver could not reach the end within its evaluations, or met a non-finite value."""
+
+
+class State(Protocol):
+    """Where each sample of a batch of B stands: what every method's named tuple of tensors (B, ...) has at least."""
+
+    u: Tensor  # (B, ...)
+    log_det: Tensor  # (B,) the integral of the divergence so far
+    position: Tensor  # (B,)
+    remaining: Tensor  # (B,) the share of the span that is left
+    fraction: Tensor  # (B,) the next step as a share of the span
+    nfe: Tensor  # (B,)
 
 
 class Control(NamedTuple):
@@ -70,6 +80,26 @@ class Method(Protocol):
 def going(state: State) -> Tensor:
     """(B,) of samples that have not arrived."""
     return state.remaining > _ARRIVED
+
+
+def opening(u: Tensor, start: Tensor, first: float) -> dict[str, Tensor]:
+    """The fields of every :class:`State`, at u (B, ...) and position ``start`` (B,) after the one evaluation there.
+
+    ``first``: the first step as a share of the span.
+    """
+    return {
+        "u": u,
+        "log_det": u.new_zeros(len(u)),
+        "position": start.clone(),
+        "remaining": torch.ones_like(start),
+        "fraction": torch.full_like(start, first),
+        "nfe": torch.ones(len(u), dtype=torch.long, device=u.device),
+    }
+
+
+def choose(accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` (B, ...) of the samples whose step is accepted, ``accept`` (B,), and ``old`` (B, ...) of the others."""
+    return torch.where(expand(accept, old), new, old)
 
 
 def integrate(

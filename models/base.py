@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from models.integrators import ProbeKind, Reference, Solver
 from models.noise import Generator, StepRandom
 
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -47,6 +48,16 @@ class Model(nn.Module, ABC):
     family: str = ""
     # the sampler of the learning curve's sample quality
     curve_sampler: ClassVar[str] = "ddim"
+    # time at which its linear diffusion is cut off near the data; None for a model without one
+    eps: float | None = None
+    # the model's own discrete chain, an entry a step; None for a model that is continuous in time
+    chain: Sized | None = None
+    # whether nelbo_parts already bounds that chain, so that chain_parts has nothing to add
+    bound_is_chain: ClassVar[bool] = False
+    # training steps from one simulation of paths to the next; None for a model that keeps no paths
+    refresh: int | None = None
+    # whether training was tried with compiled networks, which have first derivatives alone, and may ask for them
+    compilable: ClassVar[bool] = False
 
     @property
     def dims(self) -> int:
@@ -56,6 +67,11 @@ class Model(nn.Module, ABC):
             size *= side
         return size
 
+    @property
+    def chain_steps(self) -> int | None:
+        """Steps of the model's own discrete chain; None for a model that is continuous in time."""
+        return None if self.chain is None else len(self.chain)
+
     @abstractmethod
     def phases(self) -> list[Phase]:
         """The optimiser steps of one training step, in order."""
@@ -64,17 +80,45 @@ class Model(nn.Module, ABC):
         """Steps, of so many in all, at which the learning curve is measured besides its own points."""
         return []
 
+    def renews_paths(self, step: int) -> bool:
+        """Whether kept paths are due to be simulated anew at a training step, which then costs more than the next."""
+        return False
+
+    def drop_paths(self) -> None:
+        """Forget the kept paths, so that the next training step simulates new ones."""
+
     @abstractmethod
     def nelbo_parts(self, x: Tensor, times: int = 1, generator: Generator = None) -> dict[str, Tensor]:
         """Named parts, nats (B,), that sum to an unbiased estimate of the negative evidence lower bound."""
 
     @abstractmethod
-    def nll_parts(self, x: Tensor, rtol: float = 1e-5, atol: float = 1e-5, **options) -> dict[str, Tensor]:
-        """Named parts, nats (B,), of the probability-flow ODE's negative log-likelihood, and "nfe" (B,)."""
+    def nll_parts(
+        self,
+        x: Tensor,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        probes: int | Literal["exact"] = 1,
+        corrected: bool = True,
+        generator: Generator = None,
+        probe_kind: ProbeKind = "rademacher",
+        solver: Solver = "dopri5",
+        reference: Reference | None = None,
+        fixed_shape: bool | None = None,
+    ) -> dict[str, Tensor]:
+        """Named parts, nats (B,), of the probability-flow ODE's negative log-likelihood, and "nfe" (B,).
+
+        ``rtol``, ``atol``: of the ``solver``, in the frame of its ``reference`` and with a batch of ``fixed_shape`` or
+        not, as models.integrators.likelihood_path has them. ``probes``: Hutchinson probes of ``probe_kind`` a
+        trajectory, or "exact". ``corrected``: count the residual at eps. A model without an option raises NotDefined
+        where it is asked for another value than the default.
+        """
 
     @abstractmethod
     def sample(self, n: int, steps: int, sampler: str, generator: Generator = None, **options) -> Tensor:
-        """n samples (n, *shape) by the named sampler; the count of network evaluations is left in ``self.nfe``."""
+        """n samples (n, *shape) by the named sampler; the count of network evaluations is left in ``self.nfe``.
+
+        ``options``: the sampler's own. NotDefined for a sampler or an option that is not made for this model.
+        """
 
     @abstractmethod
     def trajectory(self, x: Tensor, times: Sequence[float], generator: Generator = None) -> Tensor:

@@ -164,6 +164,13 @@ class Bridge(NonlinearDiffusion):
         place = (step - self.warm_steps) % (self.forward_steps + self.stage_steps)
         return ("forward", place) if place < self.forward_steps else ("backward", place - self.forward_steps)
 
+    def renews_paths(self, step: int) -> bool:
+        """Whether the step's place within its half is a multiple of ``refresh``."""
+        return self.half_at(step)[1] % self.refresh == 0
+
+    def drop_paths(self) -> None:
+        self.paths = self.paths[:0]
+
     def milestones(self, steps: int) -> list[int]:
         """The steps, of so many, after which a stage ends, the warm one included: where the bound should have fallen.
 
@@ -214,7 +221,7 @@ class Bridge(NonlinearDiffusion):
 
         def kernel(z: Tensor, i: int) -> Kernel:
             width, t = float(times[i + 1] - times[i]), self._at(times[i if forward else i + 1], z)
-            variance = torch.tensor(self.g**2 * width, dtype=z.dtype, device=z.device)
+            variance = z.new_full((), self.g**2 * width)
             return Kernel(z + width * self._driven(frozen, z, t, forward), variance)
 
         steps = len(times) - 1
@@ -231,7 +238,7 @@ class Bridge(NonlinearDiffusion):
 
         The steps i cover the grid evenly over the batch; the paths are those of all processes.
         """
-        if self.half_at(random.step)[1] % self.refresh == 0 or not len(self.paths):
+        if self.renews_paths(random.step) or not len(self.paths):
             self.paths = gathered_rows(simulate())
         steps, rows = self.paths.shape[0] - 1, self.paths.shape[1]
         offsets = torch.arange(self.points, device=self.paths.device) / self.points

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from models.base import Loss, NotDefined, Phase
-from models.chain import backward_path, chain_bound
+from models.chain import chain_bound
 from models.indm import INDM
 from models.linear_chain import LinearChain, ReverseVariance
 from models.noise import Generator, StepRandom, normal
 from models.options import Count, Positive
-from models.samplers import Counted
+from models.samplers import chain_samples
 from models.score.adapter import NetworkScore, Preconditioning
 from models.sde import VPSDE, expand
 
 
-def linear_chain(
+def ddpm_chain(
     steps: int,
     beta_min: float = 0.1,
     beta_max: float = 20.0,
@@ -62,6 +62,7 @@ class DDPM(INDM):
     name = "ddpm"
     family = "linear, discrete"
     curve_sampler = "ancestral"
+    compilable = False
 
     def __init__(
         self,
@@ -76,10 +77,12 @@ class DDPM(INDM):
         time_sampling: Literal["stratified", "independent"] = "stratified",
     ):
         bound = 1 / scale if clip and len(shape) == 3 else None
-        chain = linear_chain(steps, beta_min, beta_max, reverse_variance, bound)
+        chain = ddpm_chain(steps, beta_min, beta_max, reverse_variance, bound)
         sde = VPSDE(beta_min, beta_max, float(chain.times[0]))
         super().__init__(sde, score, shape=shape, scale=scale, time_sampling=time_sampling)
         self.chain = chain
+        # on the model's device, where training looks levels up
+        self.register_buffer("levels", torch.stack([chain.alpha, chain.sigma, chain.times]), persistent=False)
 
     @classmethod
     def from_options(
@@ -111,9 +114,7 @@ class DDPM(INDM):
     def simple_loss(self, x: Tensor, random: StepRandom) -> Loss:
         """|noise - noise_hat|^2 / D at levels drawn uniformly from 1..N, the batch's mean (L_simple, eq. 14)."""
         levels = (self._uniforms(random, x.dtype) * len(self.chain)).long().clamp_max(len(self.chain) - 1)
-        alpha, sigma, t = (
-            values.to(x.device)[levels].to(x.dtype) for values in (self.chain.alpha, self.chain.sigma, self.chain.times)
-        )
+        alpha, sigma, t = self.levels[:, levels].to(x.dtype)
         z0 = self.latent(x)
         noise = random.normal("noise", x.shape[1:], dtype=x.dtype)
         z = expand(alpha, z0) * z0 + expand(sigma, z0) * noise
@@ -168,19 +169,24 @@ class DDPM(INDM):
         **options: Any,
     ) -> Tensor:
         """n samples (n, *shape). "ancestral" is the chain's own sampler, on ``steps`` of its levels; the last step adds
-        no noise. Others are those of the continuous embedding. NotDefined for more steps than the chain has.
+        no noise. Others are those of the continuous embedding. NotDefined for more steps than the chain has, and for
+        an ``end`` or options that this sampler has not.
         """
         if sampler != "ancestral":
             return super().sample(n, steps, sampler, generator, end, **options)
         if steps > len(self.chain):
             raise NotDefined(f"not defined: the chain has {len(self.chain)} levels, asked for {steps} steps")
-        chain = self.chain.strided(steps)
-        chain = chain.with_variance(reverse_variance) if reverse_variance else chain
+        refused = options if end in (None, self.sde.eps) else {"end": end, **options}
+        if refused:
+            given = ", ".join(f"{name} = {value}" for name, value in refused.items())
+            raise NotDefined(
+                f"not defined: {given}; ancestral sampling of the chain ends at its first level, and has "
+                "the option reverse_variance alone"
+            )
+        chain = self.chain.strided(steps).with_variance(reverse_variance)
         like = next(self.parameters(), torch.zeros(()))
         z = self.sde.sample_prior((n, *self.shape), generator, like.device, like.dtype)
-        counted = Counted(self.noise)
-        z0 = backward_path(z, steps, partial(chain.backward, counted), generator)[0]
-        self.nfe = counted.nfe
+        z0, self.nfe = chain_samples(self.noise, chain, z, generator)
         return self.decode(z0)
 
 

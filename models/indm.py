@@ -47,6 +47,7 @@ class INDM(LatentLikelihood):
     """
 
     name = "indm"
+    compilable = True
 
     def __init__(
         self,
@@ -101,6 +102,11 @@ class INDM(LatentLikelihood):
     def family(self) -> str:
         """Linear with the identity flow; with another one nonlinear in data space."""
         return "linear, continuous" if isinstance(self.flow, Identity) else "fully nonlinear, continuous"
+
+    @property
+    def eps(self) -> float:
+        """Time at which the latent diffusion is cut off near the data."""
+        return self.sde.eps
 
     @property
     def noise(self):

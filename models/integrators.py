@@ -22,13 +22,18 @@ from models.adaptive import Field, integrate
 from models.adaptive import IntegrationError as IntegrationError
 from models.noise import Generator, normal, rademacher
 from models.runge_kutta import DORMAND_PRINCE
-from models.sde import LinearSDE, expand
+from models.sde import LinearSDE, Noise, expand
 
 # In lambda the probability-flow field is flat at both ends; a longer step could pass over all that happens between.
 MAX_STEP = 6.0
 ADAMS_MAX_STEP = 1.0
 Solver = Literal["dopri5", "adams"]
 ProbeKind = Literal["rademacher", "gaussian", "orthogonal"]
+# How a divergence is computed: averaged over Hutchinson probes (K, B, ...), or "exact" by one product a dimension.
+# None, where it is accepted: not at all, zeros in its place.
+Probes = Tensor | Literal["exact"]
+# (mean, std) of the law in whose frame the multistep solver moves: GaussianFrame
+Reference = tuple[Tensor | float, float]
 
 
 def state_scale(sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,24 +43,18 @@ def state_scale(sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
     return scale, sigma / scale
 
 
-def flow_field(noise: Callable[[Tensor, Tensor], Tensor], sde: LinearSDE, probes: Tensor | str | None = None) -> Field:
+def flow_field(noise: Noise, sde: LinearSDE, probes: Probes | None = None) -> Field:
     """field(lambda (B,), u (B, ...)) -> (du, divergence (B,)) of the probability-flow ODE in (lambda, u).
 
-    ``probes``: None (divergence not computed, zeros), "exact" (one product a dimension), or a tensor (K, B, ...) of
-    Hutchinson probes, over which the estimate is averaged. Drift and divergence share one forward pass.
+    ``probes``: how the divergence is computed (:data:`Probes`); it shares the drift's forward pass.
     """
 
     def field(log_ratio: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         t = sde.time(log_ratio)
         scale, b = state_scale(sde, t)
         scale, b_wide = expand(scale, u), expand(b, u)
-        if probes is None:
-            return b_wide * (noise(scale * u, t) - b_wide * u), u.new_zeros(len(u))
-        with torch.enable_grad():
-            leaf = u.detach().requires_grad_()
-            output = noise(scale * leaf, t)
-            trace = exact_trace(output, leaf) if isinstance(probes, str) else probed_trace(output, leaf, probes)
-        return b_wide * (output.detach() - b_wide * u), b * (trace - b * u[0].numel())
+        predicted, trace = value_and_trace(lambda u: noise(scale * u, t), u, probes)
+        return b_wide * (predicted - b_wide * u), trace if probes is None else b * (trace - b * u[0].numel())
 
     return field
 
@@ -99,8 +98,8 @@ class GaussianFrame:
         scale = (self._alphas * self._widths).log()
         return dims * float(scale[1] - scale[0])
 
-    def field(self, noise: Callable[[Tensor, Tensor], Tensor], probes: Tensor | str | None = None) -> Field:
-        """field(tau (B,), v (B, ...)) -> (dv, divergence (B,)); ``probes`` as in :func:`flow_field`."""
+    def field(self, noise: Noise, probes: Probes | None = None) -> Field:
+        """field(tau (B,), v (B, ...)) -> (dv, divergence (B,)); ``probes``: :data:`Probes`."""
 
         def field(tau: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             theta, pace = (self.FAR * tau).sinh() / self.FAR, (self.FAR * tau).cosh()
@@ -108,18 +107,35 @@ class GaussianFrame:
             t = self.sde.time(ratio.log())
             alpha, width = expand(self.sde.marginal(t)[0], v), expand(width, v)
             wide, fast = expand(pull, v), expand(pace, v)
-            if probes is None:
-                return fast * (noise(alpha * (self.mean + width * v), t) - wide * v), v.new_zeros(len(v))
-            with torch.enable_grad():
-                leaf = v.detach().requires_grad_()
-                output = noise(alpha * (self.mean + width * leaf), t)
-                trace = exact_trace(output, leaf) if isinstance(probes, str) else probed_trace(output, leaf, probes)
-            return fast * (output.detach() - wide * v), pace * (trace - pull * v[0].numel())
+            predicted, trace = value_and_trace(lambda v: noise(alpha * (self.mean + width * v), t), v, probes)
+            drift = fast * (predicted - wide * v)
+            return drift, trace if probes is None else pace * (trace - pull * v[0].numel())
 
         return field
 
 
+def value_and_trace(function: Callable[[Tensor], Tensor], x: Tensor, probes: Probes | None) -> tuple[Tensor, Tensor]:
+    """(function(x) (B, ...), the trace of its Jacobian at x (B, ...), of each sample (B,)), from one forward pass.
+
+    ``function`` treats the samples of a batch apart and keeps their shape. With probes or "exact" neither result
+    carries a graph; with None the trace is zero. ValueError for another string.
+    """
+    if probes is None:
+        return function(x), x.new_zeros(len(x))
+    if not isinstance(probes, Tensor) and probes != "exact":
+        raise ValueError(f"probes = {probes!r}: accepted are exact, None and a tensor (K, B, ...)")
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        output = function(leaf)
+        trace = probed_trace(output, leaf, probes) if isinstance(probes, Tensor) else exact_trace(output, leaf)
+    return output.detach(), trace
+
+
 def probed_trace(output: Tensor, leaf: Tensor, probes: Tensor) -> Tensor:
+    """Mean over ``probes`` v (K, B, ...) of v' J v, J = d output / d leaf of each sample, (B,): Hutchinson 1990.
+
+    One vector-Jacobian product a probe; the graph from ``leaf`` (B, ...) to ``output`` (B, ...) is used up.
+    """
     total = 0.0
     for k, probe in enumerate(probes):
         (product,) = torch.autograd.grad(output, leaf, probe, retain_graph=k + 1 < len(probes))
@@ -128,6 +144,10 @@ def probed_trace(output: Tensor, leaf: Tensor, probes: Tensor) -> Tensor:
 
 
 def exact_trace(output: Tensor, leaf: Tensor) -> Tensor:
+    """The trace of d output / d leaf of each sample, (B,), by one vector-Jacobian product a dimension.
+
+    The graph from ``leaf`` (B, ...) to ``output`` (B, ...) is used up.
+    """
     flat = output.flatten(1)
     dims = flat.shape[1]
     columns = []
@@ -161,30 +181,48 @@ def hutchinson_probes(
     return math.sqrt(dims) * torch.cat(blocks, 2).permute(2, 0, 1).reshape(count, *shape)
 
 
+def resolve_probes(
+    probes: int | Literal["exact"], like: Tensor, generator: Generator, kind: ProbeKind = "rademacher"
+) -> Probes:
+    """So many :func:`hutchinson_probes` (K, B, ...) of the shape, dtype and device of ``like`` (B, ...); or "exact".
+
+    ValueError for another string and for less than one probe.
+    """
+    if probes == "exact":
+        return probes
+    if not isinstance(probes, int) or probes < 1:
+        raise ValueError(f"probes = {probes!r}: accepted are exact and 1 or more")
+    return hutchinson_probes(probes, like.shape, generator, like.device, like.dtype, kind)
+
+
+def probes_of(probes: Probes, rows: Tensor) -> Probes:
+    """Those of the samples ``rows`` of a batch."""
+    return probes[:, rows] if isinstance(probes, Tensor) else probes
+
+
 def likelihood_path(
-    noise: Callable[[Tensor, Tensor], Tensor],
+    noise: Noise,
     sde: LinearSDE,
     z: Tensor,
-    probes: Tensor | str,
+    probes: Probes,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     solver: Solver = "dopri5",
-    reference: tuple[Tensor | float, float] = (0.0, 0.5),
+    reference: Reference | None = None,
     fixed_shape: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The probability-flow ODE from z (B, ...) at eps: (z_1, log|det dz_1/dz| (B,) nats, network evaluations (B,)).
 
     ``solver``: "dopri5", the pair of Dormand and Prince in lambda, or "adams", the multistep method of models.adams in
-    the :class:`GaussianFrame` of the ``reference`` (mean, std), by default one for data in [-1, 1]. ValueError
+    the :class:`GaussianFrame` of the ``reference`` (mean, std), by default (0, 0.5), for data in [-1, 1]. ValueError
     otherwise.
     """
-    whole = isinstance(probes, str)
     if solver == "adams":
-        mean, std = reference
+        mean, std = (0.0, 0.5) if reference is None else reference
         frame = GaussianFrame(sde, mean.to(z) if isinstance(mean, Tensor) else mean, std)
 
         def adams_field(rows: Tensor) -> Field:
-            return frame.field(noise, probes if whole else probes[:, rows])
+            return frame.field(noise, probes_of(probes, rows))
 
         limits = {"max_step": ADAMS_MAX_STEP, "fixed_shape": fixed_shape}
         v, divergence, nfe = integrate(Adams(), adams_field, frame.enter(z, 0), *frame.ends(z), rtol, atol, **limits)
@@ -195,7 +233,7 @@ def likelihood_path(
     ends = torch.tensor([sde.eps, 1.0], dtype=torch.float64)
     scales = state_scale(sde, ends)[0]
     u, divergence, nfe = dormand_prince(
-        lambda rows: flow_field(noise, sde, probes if whole else probes[:, rows]),
+        lambda rows: flow_field(noise, sde, probes_of(probes, rows)),
         z / scales[0].to(z),
         low.expand(len(z)),
         high.expand(len(z)),

@@ -5,16 +5,19 @@ Song et al. 2021 (arXiv 2101.09258) for the diffusion, Kim et al. 2022 (arXiv 22
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from models.base import Model
-from models.integrators import ProbeKind, Solver, hutchinson_probes, likelihood_path
+from models.integrators import ProbeKind, Reference, Solver, likelihood_path, resolve_probes
 from models.noise import Generator, normal
-from models.time_sampling import DRAWS, PROPOSALS, choose
-from models.variational import negative_elbo, rademacher_probes
+from models.options import choose
+from models.sde import LinearSDE, Noise
+from models.time_sampling import DRAWS, PROPOSALS
+from models.variational import negative_elbo
 
 
 def squares(values: Tensor) -> Tensor:
@@ -23,7 +26,22 @@ def squares(values: Tensor) -> Tensor:
 
 
 class LatentLikelihood(Model):
-    """Likelihoods of a model that has ``sde``, ``noise(z, t)``, ``encode(x) -> (z_0, log-det)`` and ``perturb``."""
+    """Likelihoods of a flow :meth:`encode` before the linear diffusion ``sde``, whose noise :attr:`noise` predicts."""
+
+    sde: LinearSDE
+
+    @property
+    @abstractmethod
+    def noise(self) -> Noise:
+        """noise(z, t), the noise predicted in latents z (B, *shape) at times t (B,)."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, generator: Generator = None) -> tuple[Tensor, Tensor]:
+        """(z_0 (B, *shape), log|det dz_0/dx| in nats (B,)) of data x (B, *shape)."""
+
+    @abstractmethod
+    def perturb(self, z0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """z_t (B, *shape) of latents z0 at times t (B,), by the given noise of z0's shape."""
 
     @torch.no_grad()
     def nelbo_parts(
@@ -106,7 +124,7 @@ class LatentLikelihood(Model):
         generator: Generator = None,
         probe_kind: ProbeKind = "rademacher",
         solver: Solver = "dopri5",
-        reference: tuple[Tensor | float, float] = (0.0, 0.5),
+        reference: Reference | None = None,
         fixed_shape: bool | None = None,
     ) -> dict[str, Tensor]:
         """Parts of the ODE's negative log-likelihood, nats (B,): prior, ode, reconstruction, flow; and nfe (B,).
@@ -117,10 +135,7 @@ class LatentLikelihood(Model):
         models.adaptive.integrate.
         """
         z0, log_det = self.encode(x, generator)
-        if probes == "exact":
-            vectors = probes
-        else:
-            vectors = hutchinson_probes(probes, x.shape, generator, x.device, x.dtype, probe_kind)
+        vectors = resolve_probes(probes, x, generator, probe_kind)
         start, residual = self._truncate(z0, generator) if corrected else (z0, torch.zeros_like(log_det))
         z, log_det_path, nfe = likelihood_path(
             self.noise, self.sde, start, vectors, rtol, atol, solver, reference, fixed_shape
@@ -135,15 +150,21 @@ class LatentLikelihood(Model):
 
     @torch.no_grad()
     def member_parts(
-        self, x: Tensor, weight: float, steps: int = 200, generator: Generator = None, probes: int | None = None
+        self,
+        x: Tensor,
+        weight: float,
+        steps: int = 200,
+        generator: Generator = None,
+        probes: int | Literal["exact"] = "exact",
     ) -> dict[str, Tensor]:
         """Parts of the bound of one member of the plug-in family, nats (B,): diffusion, reconstruction, flow.
 
         models.variational.negative_elbo, prior included, behind the flow: weight 0 is the reverse SDE, 1 the ODE, whose
-        "bound" is its likelihood, that of :meth:`nll_parts`. ``probes`` of the divergence, or None for the exact one.
+        "bound" is its likelihood, that of :meth:`nll_parts`. ``probes``: as there.
         """
         z0, log_det = self.encode(x, generator)
-        vectors = None if probes is None else rademacher_probes(probes, z0, generator)
+        # there None is the exact divergence
+        vectors = None if probes == "exact" else resolve_probes(probes, z0, generator)
         z_eps, residual = self._truncate(z0, generator)
         bound = negative_elbo(self.noise, self.sde, z_eps, weight, steps, generator, vectors)
         return {"diffusion": bound, "reconstruction": residual, "flow": -log_det}

@@ -6,7 +6,6 @@ with alpha^2 + sigma^2 = 1, NCSN the one with alpha = 1; any other linear diffus
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from models.chain import Kernel
 from models.noise import Generator, normal
+from models.sde import Noise
 
-Noise = Callable[[Tensor, Tensor], Tensor]
 ReverseVariance = Literal["fixed_large", "fixed_small"]
 
 
@@ -62,9 +61,9 @@ class LinearChain:
         index = torch.linspace(first, len(self), steps, dtype=torch.float64, device="cpu").round().long() - 1
         return replace(self, alpha=self.alpha[index], sigma=self.sigma[index], times=self.times[index])
 
-    def with_variance(self, reverse_variance: ReverseVariance) -> LinearChain:
-        """The same levels with another variance of the reverse steps."""
-        return replace(self, reverse_variance=reverse_variance)
+    def with_variance(self, reverse_variance: ReverseVariance | None) -> LinearChain:
+        """The same levels with another variance of the reverse steps; None keeps it."""
+        return replace(self, reverse_variance=reverse_variance or self.reverse_variance)
 
     def perturb(self, z0: Tensor, i: int, noise: Tensor) -> Tensor:
         """z_i of the latents z0 (B, ...), i = 0..N."""
@@ -107,15 +106,15 @@ class LinearChain:
         total = torch.zeros(len(z0), dtype=z0.dtype, device=z0.device)
         for i in range(1, len(self)):
             later = self.perturb(z0, i + 1, normal(z0.shape, generator, z0.device, z0.dtype))
-            total = total + divergence(self.posterior(later, z0, i), self.backward(noise, later, i))
-        return {"prior": divergence(last, _kernel(torch.zeros_like(z0), prior_std**2)), "diffusion": total}
+            total = total + kl_divergence(self.posterior(later, z0, i), self.backward(noise, later, i))
+        return {"prior": kl_divergence(last, _kernel(torch.zeros_like(z0), prior_std**2)), "diffusion": total}
 
 
 def _kernel(mean: Tensor, variance: float) -> Kernel:
     return Kernel(mean, torch.tensor(variance, dtype=mean.dtype, device=mean.device))
 
 
-def divergence(q: Kernel, p: Kernel) -> Tensor:
+def kl_divergence(q: Kernel, p: Kernel) -> Tensor:
     """KL(q | p) of two isotropic Gaussians, nats (B,)."""
     ratio = q.variance / p.variance
     distance = (q.mean - p.mean).flatten(1).square().sum(1) / p.variance

@@ -35,6 +35,7 @@ class NCSN(INDM):
     name = "ncsn"
     family = "linear, discrete"
     curve_sampler = "annealed_langevin"
+    compilable = False
 
     def __init__(
         self,

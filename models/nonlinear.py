@@ -7,6 +7,7 @@ bound, one ODE likelihood and one sampler serve all of them.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,8 +18,20 @@ from torch import Tensor, nn
 
 from models.base import Model, NotDefined
 from models.chain import Kernel, backward_path, chain_bound
-from models.integrators import Field, Solver, dormand_prince, exact_trace, hutchinson_probes, probed_trace
+from models.integrators import (
+    Field,
+    ProbeKind,
+    Probes,
+    Reference,
+    Solver,
+    dormand_prince,
+    probes_of,
+    resolve_probes,
+    value_and_trace,
+)
 from models.noise import Generator, normal
+from models.samplers import SAMPLERS
+from models.sde import normal_log_prob
 
 
 class TimedNetwork(nn.Module):
@@ -50,12 +63,17 @@ class NonlinearDiffusion(Model):
     """
 
     curve_sampler = "euler_maruyama"
+    bound_is_chain = True
 
     def __init__(self, shape: Sequence[int], times: Tensor, prior_std: float = 1.0, scale: float = 1.0):
         super().__init__()
         self.shape, self.prior_std, self.scale = tuple(shape), prior_std, scale
         self.register_buffer("times", times.double(), persistent=False)
         self.nfe: float | None = None
+
+    @property
+    def chain_steps(self) -> int:
+        return len(self.times) - 1
 
     @abstractmethod
     def forward_drift(self, x: Tensor, t: Tensor) -> Tensor:
@@ -102,8 +120,7 @@ class NonlinearDiffusion(Model):
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """log pi(x) in nats (B,)."""
-        square = x.flatten(1).square().sum(1) / self.prior_std**2
-        return -0.5 * (square + x[0].numel() * math.log(2 * math.pi * self.prior_std**2))
+        return normal_log_prob(x, self.prior_std)
 
     def _volume(self, x: Tensor) -> Tensor:
         return torch.full((len(x),), x[0].numel() * math.log(self.scale), dtype=x.dtype, device=x.device)
@@ -115,7 +132,7 @@ class NonlinearDiffusion(Model):
         parts = chain_bound(x / self.scale, len(self.times) - 1, forward, backward, self.prior_log_prob, generator)
         return parts | {"reconstruction": torch.zeros_like(parts["prior"]), "flow": self._volume(x)}
 
-    def nelbo_parts(self, x: Tensor, times: int = 1, generator: Generator = None, **_: Any) -> dict[str, Tensor]:
+    def nelbo_parts(self, x: Tensor, times: int = 1, generator: Generator = None) -> dict[str, Tensor]:
         """The same bound, nats (B,), over one path, or more if ``times`` exceeds the steps of one.
 
         A model that learns its forward process on a chain has no other: the chain starts at the data itself.
@@ -127,17 +144,8 @@ class NonlinearDiffusion(Model):
         """The probability-flow ODE's velocity (F - R) / 2."""
         return 0.5 * (self.forward_drift(x, t) - self.reverse_drift(x, t))
 
-    def _field(self, probes: Tensor | str | None, direction: float = 1.0) -> Field:
-        def field(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            if probes is None:
-                return self.velocity(x, t), x.new_zeros(len(x))
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                output = self.velocity(leaf, t)
-                trace = exact_trace(output, leaf) if isinstance(probes, str) else probed_trace(output, leaf, probes)
-            return output.detach(), trace
-
-        return field
+    def _field(self, probes: Probes | None) -> Field:
+        return lambda t, x: value_and_trace(lambda x: self.velocity(x, t), x, probes)
 
     @torch.no_grad()
     def nll_parts(
@@ -148,22 +156,29 @@ class NonlinearDiffusion(Model):
         probes: int | Literal["exact"] = 1,
         corrected: bool = True,
         generator: Generator = None,
+        probe_kind: ProbeKind = "rademacher",
         solver: Solver = "dopri5",
+        reference: Reference | None = None,
+        fixed_shape: bool | None = None,
     ) -> dict[str, Tensor]:
         """Parts of the probability-flow ODE's negative log-likelihood, nats (B,), and nfe (B,).
 
         The chain starts at the data itself, so that there is no truncation and ``corrected`` changes nothing.
-        ``solver``: NotDefined for "adams", whose variable is a linear diffusion's.
+        NotDefined for the ``solver`` "adams", whose variable is a linear diffusion's, and for the ``reference`` of it.
         """
         if solver != "dopri5":
             raise NotDefined(f"not defined: the solver {solver} is made for linear diffusions, and this one is learned")
-        vectors = probes if probes == "exact" else hutchinson_probes(probes, x.shape, generator, x.device, x.dtype)
-
-        def field_for(rows: Tensor) -> Field:
-            return self._field(vectors if isinstance(vectors, str) else vectors[:, rows])
-
-        ends = self._ends(x)
-        z, divergence, nfe = dormand_prince(field_for, x / self.scale, *ends, rtol, atol)
+        if reference is not None:
+            raise NotDefined("not defined: a reference is for linear diffusions, and this one is learned")
+        vectors = resolve_probes(probes, x, generator, probe_kind)
+        z, divergence, nfe = dormand_prince(
+            lambda rows: self._field(probes_of(vectors, rows)),
+            x / self.scale,
+            *self._ends(x),
+            rtol,
+            atol,
+            fixed_shape=fixed_shape,
+        )
         zeros = torch.zeros_like(divergence)
         return {
             "prior": -self.prior_log_prob(z),
@@ -189,8 +204,16 @@ class NonlinearDiffusion(Model):
     ) -> Tensor:
         """n samples (n, *shape): "euler_maruyama" is the backward chain with ``steps`` steps (0: the model's own).
 
-        "ode" solves the probability flow adaptively. Other samplers are made for linear diffusions: NotDefined.
+        "ode" solves the probability flow adaptively, to ``rtol`` and ``atol``. NotDefined for the other samplers of
+        models.samplers, which are made for linear diffusions, and for ``options`` of these two that are not at their
+        defaults.
         """
+        if sampler not in ("ode", "euler_maruyama"):
+            raise NotDefined(f"not defined: {sampler} integrates linear diffusions, and this one is learned")
+        known = inspect.signature(SAMPLERS[sampler]).parameters
+        for key, value in options.items():
+            if key not in known or value not in (None, known[key].default):
+                raise NotDefined(f"not defined: {key} = {value!r} is for linear diffusions, and this one is learned")
         like = next(self.parameters(), torch.zeros(()))
         x = self.prior_std * normal((n, *self.shape), generator, like.device, like.dtype)
         if sampler == "ode":
@@ -198,12 +221,10 @@ class NonlinearDiffusion(Model):
             field = self._field(None)
             x, _, nfe = dormand_prince(lambda rows: field, x, end, start, rtol, atol)
             self.nfe = float(nfe.double().mean())
-        elif sampler == "euler_maruyama":
+        else:
             steps = steps or len(self.times) - 1
             _, backward = self.kernels(self.grid(steps))
             x, self.nfe = backward_path(x, steps, backward, generator)[0], float(steps)
-        else:
-            raise NotDefined(f"not defined: {sampler} integrates linear diffusions, and this one is learned")
         return x * self.scale
 
     @torch.no_grad()

@@ -8,21 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.adaptive import Control, Field, going
+from models.adaptive import Control, Field, choose, going, opening
 from models.sde import expand
 
 
 class RungeKuttaState(NamedTuple):
-    """Where each sample of a batch of B stands."""
+    """See :class:`models.adaptive.State`, with the slope at the position."""
 
-    u: Tensor  # (B, ...)
-    log_det: Tensor  # (B,)
-    position: Tensor  # (B,)
-    remaining: Tensor  # (B,)
-    fraction: Tensor  # (B,) the next step as a share of the span
-    slope: Tensor  # (B, ...) at the position, and its divergence (B,)
+    u: Tensor
+    log_det: Tensor
+    position: Tensor
+    remaining: Tensor
+    fraction: Tensor
+    nfe: Tensor
+    slope: Tensor  # (B, ...) and its divergence (B,)
     divergence: Tensor
-    nfe: Tensor  # (B,)
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,8 @@ class RungeKutta:
 
     def begin(self, field: Field, u: Tensor, start: Tensor, span: Tensor) -> RungeKuttaState:
         """See :class:`models.adaptive.Method`."""
-        ones, count = torch.ones_like(start), torch.ones(len(u), dtype=torch.long, device=u.device)
         slope, divergence = field(start, u)
-        first = torch.full_like(start, self.first)
-        return RungeKuttaState(u, u.new_zeros(len(u)), start.clone(), ones, first, slope, divergence, count)
+        return RungeKuttaState(**opening(u, start, self.first), slope=slope, divergence=divergence)
 
     def advance(self, field: Field, state: RungeKuttaState, control: Control) -> tuple[RungeKuttaState, Tensor]:
         """See :class:`models.adaptive.Method`."""
@@ -65,16 +63,15 @@ class RungeKutta:
         wrong_u, wrong_l = expand(h, u) * combine(self.error, ks), h * combine(self.error, ls)
         error = control.error(state, stage, l_new, wrong_u, wrong_l)
         accept = (error <= 1) & active
-        wide = expand(accept, u)
         following = RungeKuttaState(
-            torch.where(wide, stage, u),
-            torch.where(accept, l_new, log_det),
-            torch.where(accept, position + h, position),
-            torch.where(accept, remaining - share, remaining),
-            share * (0.9 * error.clamp_min(1e-10) ** -0.2).clamp(0.2, 5.0),
-            torch.where(wide, ks[-1], ks[0]),
-            torch.where(accept, ls[-1], ls[0]),
-            state.nfe + self.evaluations * active,
+            u=choose(accept, stage, u),
+            log_det=choose(accept, l_new, log_det),
+            position=choose(accept, position + h, position),
+            remaining=choose(accept, remaining - share, remaining),
+            fraction=share * (0.9 * error.clamp_min(1e-10) ** -0.2).clamp(0.2, 5.0),
+            nfe=state.nfe + self.evaluations * active,
+            slope=choose(accept, ks[-1], ks[0]),
+            divergence=choose(accept, ls[-1], ls[0]),
         )
         return following, error
 

@@ -1,45 +1,50 @@
 """Samplers of the reverse diffusion: plain functions of one signature.
 
 ``sampler(noise, sde, z, steps, generator, end, **options) -> (z_0, nfe)``: ``noise(z, t)`` predicts the noise in
-z_t, ``z`` (B, ...) is a draw of the prior at t = 1, ``end`` the smallest time (the truncation), ``nfe`` the network
-evaluations of one sample, counted by the wrapper that the sampler calls. The last step of each adds no noise.
+z_t, ``z`` (B, ...) is a draw of the prior at t = 1, ``end`` the smallest time (the truncation), ``z_0`` (B, ...) the
+samples, ``nfe`` the network evaluations of one of them, counted by the wrapper that the sampler calls. The last step of
+each adds no noise. A sampler's signature is the schema of its options.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Annotated, Literal
+from functools import partial, wraps
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from models.chain import backward_path
 from models.integrators import MAX_STEP, dormand_prince, flow_field, state_scale
 from models.linear_chain import LinearChain, ReverseVariance
 from models.noise import Generator, normal
-from models.options import Count, Fraction, Positive, Probability
-from models.sde import LinearSDE, expand
-from models.variational import plugin_sde
+from models.options import Count, Fraction, Natural, Positive, Probability, require
+from models.sde import LinearSDE, Noise, expand
+from models.variational import sample_member
 
-Noise = Callable[[Tensor, Tensor], Tensor]
 Grid = Literal["time", "log_ratio"]
 
 
-class Counted:
-    """Counts the evaluations of a noise predictor."""
+def _counting(sampler: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """The sampler, returning (its samples, the evaluations of the noise predictor that it was called with)."""
 
-    def __init__(self, noise: Noise):
-        self.noise, self.nfe = noise, 0
+    @wraps(sampler)
+    def counting(noise: Noise, *args: Any, **options: Any) -> tuple[Tensor, int]:
+        nfe = 0
 
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        self.nfe += 1
-        return self.noise(z, t)
+        def counted(z: Tensor, t: Tensor) -> Tensor:
+            nonlocal nfe
+            nfe += 1
+            return noise(z, t)
+
+        return sampler(counted, *args, **options), nfe
+
+    return counting
 
 
 def time_grid(sde: LinearSDE, steps: int, end: float, grid: Grid, like: Tensor) -> Tensor:
-    """steps + 1 times from 1 down to ``end``, equidistant in t or in lambda = log(sigma / alpha)."""
+    """Times (steps + 1,) from 1 down to ``end``, equidistant in t or in lambda = log(sigma / alpha), as ``like``."""
     if grid == "time":
         return torch.linspace(1.0, end, steps + 1, dtype=torch.float64).to(like)
     low, high = sde.log_ratio_range(torch.zeros((), dtype=torch.float64), end)
@@ -48,16 +53,22 @@ def time_grid(sde: LinearSDE, steps: int, end: float, grid: Grid, like: Tensor) 
     return times
 
 
-def denoised(noise: Noise, sde: LinearSDE, z: Tensor, t: Tensor) -> Tensor:
-    """E[z_0 | z_t] by Tweedie's formula, (z - sigma noise) / alpha."""
+def denoised(sde: LinearSDE, z: Tensor, t: Tensor, predicted: Tensor) -> Tensor:
+    """E[z_0 | z_t = z] (B, ...) for the noise predicted at times t (B,), by Tweedie's formula."""
     alpha, sigma = sde.marginal(t)
-    return (z - expand(sigma, z) * noise(z, t)) / expand(alpha, z)
+    return (z - expand(sigma, z) * predicted) / expand(alpha, z)
 
 
-def _batched(t: Tensor, z: Tensor) -> Tensor:
-    return t.expand(len(z))
+def _score(noise: Noise, sde: LinearSDE, z: Tensor, t: Tensor) -> Tensor:
+    return -noise(z, t) / expand(sde.marginal(t)[1], z)
 
 
+def _noisy(z: Tensor, std: Tensor, generator: Generator) -> Tensor:
+    """z (B, ...) and fresh noise of standard deviation ``std`` (B,)."""
+    return z + expand(std, z) * normal(z.shape, generator, z.device, z.dtype)
+
+
+@_counting
 def euler_maruyama(
     noise: Noise,
     sde: LinearSDE,
@@ -66,20 +77,20 @@ def euler_maruyama(
     generator: Generator = None,
     end: Fraction = 1e-5,
     grid: Grid = "time",
-) -> tuple[Tensor, int]:
-    """Euler-Maruyama on dz = [f z - g^2 score] dt + g dw; the last step adds no noise."""
-    counted = Counted(noise)
+) -> Tensor:
+    """Euler-Maruyama on the reverse SDE dz = [f z - g^2 score] dt + g dw (Song et al. 2021, arXiv 2011.13456)."""
     times = time_grid(sde, steps, end, grid, z)
     for i in range(steps):
-        t = _batched(times[i], z)
+        t = times[i].expand(len(z))
         h = times[i] - times[i + 1]
         drift, diffusion, sigma = sde.drift(t), sde.diffusion(t), sde.marginal(t)[1]
-        z = z - h * (expand(drift, z) * z + expand(diffusion.square() / sigma, z) * counted(z, t))
+        z = z - h * (expand(drift, z) * z + expand(diffusion.square() / sigma, z) * noise(z, t))
         if i + 1 < steps:
-            z = z + expand(diffusion * h.sqrt(), z) * normal(z.shape, generator, z.device, z.dtype)
-    return z, counted.nfe
+            z = _noisy(z, diffusion * h.sqrt(), generator)
+    return z
 
 
+@_counting
 def predictor_corrector(
     noise: Noise,
     sde: LinearSDE,
@@ -89,32 +100,52 @@ def predictor_corrector(
     end: Fraction = 1e-5,
     grid: Grid = "time",
     snr: Positive = 0.16,
-    corrector_steps: Annotated[int, Field(ge=0)] = 1,
-) -> tuple[Tensor, int]:
-    """Reverse-diffusion predictor with a Langevin corrector before it (Song et al. 2021, algorithms 2 to 5).
+    corrector_steps: Natural = 1,
+) -> Tensor:
+    """Reverse-diffusion predictor, a Langevin corrector before it (Song et al. 2021, arXiv 2011.13456, alg. 2 to 5).
 
     The corrector's step is 2 (snr sigma)^2, what the published 2 (snr |n| / |score|)^2 tends to in high dimension,
     without its dependence on the batch (norms averaged over it) or on the drawn noise (norms of each sample, whose
     bias is large in few dimensions). The predictor z - (a - 1) z + v score uses the exact transition (a, v) of the
     SDE, which stays finite at any number of steps, where beta dt > 1 breaks the usual discretisation.
     """
-    counted = Counted(noise)
     times = time_grid(sde, steps, end, grid, z)
     for i in range(steps):
-        t = _batched(times[i], z)
-        sigma = sde.marginal(t)[1]
+        t, t_next = times[i].expand(len(z)), times[i + 1].expand(len(z))
         for _ in range(corrector_steps):
-            score = -counted(z, t) / expand(sigma, z)
-            draw = normal(z.shape, generator, z.device, z.dtype)
-            step = 2 * (snr * sigma).square()
-            z = z + expand(step, z) * score + expand((2 * step).sqrt(), z) * draw
-        a, v = sde.transition(_batched(times[i + 1], z), t)
-        z = (2 - expand(a, z)) * z - expand(v / sigma, z) * counted(z, t)
+            z = _corrector(noise, sde, z, t, snr, generator)
+        z, variance = _predictor(noise, sde, z, t, t_next)
         if i + 1 < steps:
-            z = z + expand(v.sqrt(), z) * normal(z.shape, generator, z.device, z.dtype)
-    return z, counted.nfe
+            z = _noisy(z, variance.sqrt(), generator)
+    return z
 
 
+def _corrector(
+    noise: Noise, sde: LinearSDE, z: Tensor, t: Tensor, snr: float, generator: Generator, official: bool = False
+) -> Tensor:
+    """z (B, ...) after a Langevin step at times t (B,), of 2 (snr sigma)^2 or ``official`` (:func:`published_pc`)."""
+    sigma, score = sde.marginal(t)[1], _score(noise, sde, z, t)
+    draw = normal(z.shape, generator, z.device, z.dtype)
+    step = 2 * (snr * sigma).square()
+    if official:
+        # of a network that predicts no noise yet, the published step has no end
+        size = torch.maximum(_mean_norm(score), 1e-3 * _mean_norm(draw) / sigma)
+        step = 2 * (snr * _mean_norm(draw) / size).square()
+    return z + expand(step, z) * score + expand((2 * step).sqrt(), z) * draw
+
+
+def _predictor(noise: Noise, sde: LinearSDE, z: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, ...) and variance (B,) of a reverse-diffusion step from z at times t (B,) to t_next (B,)."""
+    a, v = sde.transition(t_next, t)
+    return (2 - expand(a, z)) * z - expand(v / sde.marginal(t)[1], z) * noise(z, t), v
+
+
+def _mean_norm(values: Tensor) -> Tensor:
+    """The samples' norms, averaged over the batch, a scalar."""
+    return values.flatten(1).norm(dim=1).mean()
+
+
+@_counting
 def ddim(
     noise: Noise,
     sde: LinearSDE,
@@ -124,56 +155,50 @@ def ddim(
     end: Fraction = 1e-5,
     grid: Grid = "time",
     eta: Probability = 0.0,
-) -> tuple[Tensor, int]:
+) -> Tensor:
     """Exponential integrator with the noise prediction held over a step (Song, Meng, Ermon 2021, arXiv 2010.02502).
 
     eta = 0 is exact for the linear part of the probability-flow ODE; eta = 1 is ancestral sampling.
     """
-    counted = Counted(noise)
     times = time_grid(sde, steps, end, grid, z)
     for i in range(steps):
-        t, t_next = _batched(times[i], z), _batched(times[i + 1], z)
-        alpha, sigma = sde.marginal(t)
-        predicted = counted(z, t)
-        clean = (z - expand(sigma, z) * predicted) / expand(alpha, z)
+        t, t_next = times[i].expand(len(z)), times[i + 1].expand(len(z))
+        predicted = noise(z, t)
+        clean = denoised(sde, z, t, predicted)
         if i + 1 == steps:
-            return clean, counted.nfe
+            return clean
         alpha_next, sigma_next = sde.marginal(t_next)
         v = sde.transition(t_next, t)[1]
-        fresh = eta * sigma_next / sigma * v.sqrt()
+        fresh = eta * sigma_next / sde.marginal(t)[1] * v.sqrt()
         kept = (sigma_next.square() - fresh.square()).clamp_min(0).sqrt()
         z = expand(alpha_next, z) * clean + expand(kept, z) * predicted
         if eta > 0:
-            z = z + expand(fresh, z) * normal(z.shape, generator, z.device, z.dtype)
-    return z, counted.nfe
+            z = _noisy(z, fresh, generator)
+    return z
 
 
+@_counting
 def heun(
-    noise: Noise,
-    sde: LinearSDE,
-    z: Tensor,
-    steps: int,
-    generator: Generator = None,
-    end: Fraction = 1e-5,
-) -> tuple[Tensor, int]:
+    noise: Noise, sde: LinearSDE, z: Tensor, steps: int, generator: Generator = None, end: Fraction = 1e-5
+) -> Tensor:
     """Heun's method for the probability-flow ODE at fixed steps in lambda, then one denoising evaluation.
 
     The last step is the denoising, so ``steps`` steps cost 2 (steps - 1) + 1 evaluations.
     """
-    counted = Counted(noise)
-    field = flow_field(counted, sde)
+    field = flow_field(noise, sde)
     times = time_grid(sde, max(steps - 1, 1), end, "log_ratio", z)
     nodes = sde.log_ratio(times.double()).to(z)
     if steps == 1:
-        return denoised(counted, sde, z, _batched(times[0], z)), counted.nfe
+        t = times[0].expand(len(z))
+        return denoised(sde, z, t, noise(z, t))
     u = z / state_scale(sde, times[0])[0]
     for i in range(steps - 1):
         h = nodes[i + 1] - nodes[i]
-        first = field(_batched(nodes[i], u), u)[0]
-        second = field(_batched(nodes[i + 1], u), u + h * first)[0]
+        first = field(nodes[i].expand(len(u)), u)[0]
+        second = field(nodes[i + 1].expand(len(u)), u + h * first)[0]
         u = u + 0.5 * h * (first + second)
-    z = u * state_scale(sde, times[-1])[0]
-    return denoised(counted, sde, z, _batched(times[-1], z)), counted.nfe
+    z, t = u * state_scale(sde, times[-1])[0], times[-1].expand(len(z))
+    return denoised(sde, z, t, noise(z, t))
 
 
 def ode(
@@ -191,7 +216,7 @@ def ode(
     ``steps`` is ignored: the tolerances decide. ``nfe`` is the mean over samples.
     """
     z, last, nfe = _probability_flow(noise, sde, z, end, rtol, atol)
-    return denoised(noise, sde, z, last), float(nfe.double().mean()) + 1
+    return denoised(sde, z, last, noise(z, last)), float(nfe.double().mean()) + 1
 
 
 def _probability_flow(
@@ -222,13 +247,38 @@ def ancestral(
     ``reverse_variance``: that of models.linear_chain, by default "fixed_large". A model with levels of its own (DDPM)
     samples on those.
     """
-    counted = Counted(noise)
     times = time_grid(sde, max(steps - 1, 1), end, "time", z.new_zeros(1, dtype=torch.float64))[:steps].flip(0).cpu()
-    chain = LinearChain(*sde.marginal(times), times)
-    chain = chain if reverse_variance is None else chain.with_variance(reverse_variance)
-    return backward_path(z, steps, partial(chain.backward, counted), generator)[0], counted.nfe
+    chain = LinearChain(*sde.marginal(times), times).with_variance(reverse_variance)
+    return chain_samples(noise, chain, z, generator)
 
 
+@_counting
+def chain_samples(noise: Noise, chain: LinearChain, z: Tensor, generator: Generator = None) -> Tensor:
+    """Ancestral samples (z_0 (B, ...), nfe) by all levels of ``chain`` from draws z (B, ...) of its last."""
+    return backward_path(z, len(chain), partial(chain.backward, noise), generator)[0]
+
+
+@_counting
+def plugin_sde(
+    noise: Noise,
+    sde: LinearSDE,
+    z: Tensor,
+    steps: int,
+    generator: Generator = None,
+    end: Fraction = 1e-5,
+    weight: Probability = 0.0,
+) -> Tensor:
+    """The member ``weight`` of the plug-in reverse SDEs (Huang, Lim and Courville 2021, arXiv 2106.02808).
+
+    ``steps`` - 1 steps of :func:`models.variational.sample_member` and one evaluation more, for E[z_0 | z_end].
+    """
+    if steps > 1:
+        z, _ = sample_member(noise, sde, z, weight, steps - 1, generator, end=end)
+    t = torch.full((len(z),), end if steps > 1 else 1.0, dtype=z.dtype, device=z.device)
+    return denoised(sde, z, t, noise(z, t))
+
+
+@_counting
 def annealed_langevin(
     noise: Noise,
     sde: LinearSDE,
@@ -238,7 +288,7 @@ def annealed_langevin(
     end: Fraction = 1e-5,
     levels: Count | None = None,
     snr: Positive = 0.316,
-) -> tuple[Tensor, int]:
+) -> Tensor:
     """Annealed Langevin dynamics (Song and Ermon 2019, arXiv 1907.05600, algorithm 1), then one denoising evaluation.
 
     y <- y + h score + sqrt(2 h) n with h = 2 (snr sigma)^2, which at 0.316 is the published 2e-5 sigma^2 / 0.01^2. In
@@ -246,20 +296,20 @@ def annealed_langevin(
     one denoises (Jolicoeur-Martineau et al. 2021, arXiv 2009.05475), the others are shared out evenly over ``levels``
     noise levels (by default a fifth as many; never more than there are), geometric for VE, from t = 1 to ``end``.
     """
-    counted = Counted(noise)
     moves = steps - 1
     used = max(min(levels or -(-moves // 5), moves), 1)
     times = time_grid(sde, max(used - 1, 1), end, "log_ratio", z)
     times = times if used > 1 else times[-1:]
-    y = z / expand(sde.marginal(_batched(torch.ones_like(times[0]), z))[0], z)
+    y = z / expand(sde.marginal(torch.ones_like(times[0]).expand(len(z)))[0], z)
     for i in range(moves):
-        t = _batched(times[i * used // moves], z)
+        t = times[i * used // moves].expand(len(z))
         alpha, sigma = (expand(value, z) for value in sde.marginal(t))
         ratio = sigma / alpha
         draw = normal(z.shape, generator, z.device, z.dtype)
-        y = y - 2 * snr**2 * ratio * counted(alpha * y, t) + 2 * snr * ratio * draw
-    t = _batched(times[-1], z)
-    return denoised(counted, sde, expand(sde.marginal(t)[0], z) * y, t), counted.nfe
+        y = y - 2 * snr**2 * ratio * noise(alpha * y, t) + 2 * snr * ratio * draw
+    t = times[-1].expand(len(z))
+    z = expand(sde.marginal(t)[0], z) * y
+    return denoised(sde, z, t, noise(z, t))
 
 
 def published_ode(
@@ -282,11 +332,11 @@ def published_ode(
     """
     _check_moved(data_mean)
     z, last, nfe = _probability_flow(noise, sde, z, end, rtol, atol)
-    score = -noise(z, last) / expand(sde.marginal(last)[1], z)
-    z = z + expand(sde.diffusion(last).square() * end, z) * score
+    z = z + expand(sde.diffusion(last).square() * end, z) * _score(noise, sde, z, last)
     return temperature * z, float(nfe.double().mean()) + 1
 
 
+@_counting
 def published_pc(
     noise: Noise,
     sde: LinearSDE,
@@ -299,7 +349,7 @@ def published_pc(
     late_denoising: bool = False,
     temperature: Positive = 1.0,
     data_mean: bool = False,
-) -> tuple[Tensor, int]:
+) -> Tensor:
     """The VE sampler of INDM's official code: ``steps`` levels equidistant in t from 1 to ``end``, both included.
 
     Published: 1000 steps, snr 0.16 for CIFAR-10 and 0.15 for CelebA. At each level a corrector step, then the
@@ -311,32 +361,21 @@ def published_pc(
     which and ``temperature`` see :func:`published_ode`.
     """
     _check_moved(data_mean)
-    counted = Counted(noise)
+    require(steps >= 1, "steps", steps, "1 or more")
     times = time_grid(sde, max(steps - 1, 1), end, "time", z)[:steps]
-    for i, time in enumerate(times):
-        t = _batched(time, z)
-        sigma = sde.marginal(t)[1]
-        score = -counted(z, t) / expand(sigma, z)
-        if late_denoising and i + 1 == steps:
-            return temperature * (z + expand(0.5 * (end + 1) * sde.diffusion(t).square(), z) * score), counted.nfe
-        draw = normal(z.shape, generator, z.device, z.dtype)
-        step = 2 * (snr * sigma).square()
-        if convention == "official":
-            # of a network that predicts no noise yet, the published step has no end
-            size = torch.maximum(_mean_norm(score), 1e-3 * _mean_norm(draw) / sigma)
-            step = 2 * (snr * _mean_norm(draw) / size).square()
-        z = z + expand(step, z) * score + expand((2 * step).sqrt(), z) * draw
-        if i + 1 == steps:
-            return temperature * denoised(counted, sde, z, t), counted.nfe
-        a, v = sde.transition(_batched(times[i + 1], z), t)
-        z = (2 - expand(a, z)) * z - expand(v / sigma, z) * counted(z, t)
-        z = z + expand(v.sqrt(), z) * normal(z.shape, generator, z.device, z.dtype)
-    raise ValueError(f"steps = {steps}: accepted 1 or more")
-
-
-def _mean_norm(values: Tensor) -> Tensor:
-    """The samples' norms, averaged over the batch, a scalar."""
-    return values.flatten(1).norm(dim=1).mean()
+    official = convention == "official"
+    for i in range(steps - 1):
+        t, t_next = times[i].expand(len(z)), times[i + 1].expand(len(z))
+        z = _corrector(noise, sde, z, t, snr, generator, official)
+        z, variance = _predictor(noise, sde, z, t, t_next)
+        z = _noisy(z, variance.sqrt(), generator)
+    t = times[-1].expand(len(z))
+    if late_denoising:
+        z = z + expand(0.5 * (end + 1) * sde.diffusion(t).square(), z) * _score(noise, sde, z, t)
+    else:
+        z = _corrector(noise, sde, z, t, snr, generator, official)
+        z = denoised(sde, z, t, noise(z, t))
+    return temperature * z
 
 
 def _check_moved(data_mean: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,10 +19,19 @@ from torch import Tensor
 from models.noise import Generator, normal
 from models.options import Fraction, Positive
 
+# noise(z (B, ...), t (B,)) -> the noise predicted in z = z_t, -sigma score, (B, ...)
+Noise = Callable[[Tensor, Tensor], Tensor]
+
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """View per-sample ``values`` (B,) so that they broadcast against ``like`` (B, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def normal_log_prob(z: Tensor, std: float) -> Tensor:
+    """log N(z; 0, std^2 I) of z (B, ...) in nats (B,)."""
+    square = z.flatten(1).square().sum(1)
+    return -0.5 * (square / std**2 + z[0].numel() * math.log(2 * math.pi * std**2))
 
 
 class LinearSDE(ABC):
@@ -52,9 +62,7 @@ class LinearSDE(ABC):
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """log pi(z) in nats (B,), pi = N(0, prior_std^2 I)."""
-        dims = z[0].numel()
-        square = z.flatten(1).square().sum(1)
-        return -0.5 * (square / self.prior_std**2 + dims * math.log(2 * math.pi * self.prior_std**2))
+        return normal_log_prob(z, self.prior_std)
 
     def prior_cross_entropy(self, z0: Tensor) -> Tensor:
         """-E[log pi(z_1) | z_0] in nats (B,), in closed form: no noise is drawn for it."""

@@ -111,10 +111,3 @@ def stratified(count: int, times: int, generator: Generator = None, device=None,
 
 PROPOSALS: dict[str, Proposal] = {"importance": importance, "uniform": uniform_time, "debiased": debiased}
 DRAWS: dict[str, Callable[..., Tensor]] = {"stratified": stratified, "independent": independent}
-
-
-def choose(options: dict[str, Callable], what: str, name: str) -> Callable:
-    """The option called ``name``; ValueError with the accepted names otherwise."""
-    if name not in options:
-        raise ValueError(f"{what} = {name!r}: accepted are {', '.join(options)}")
-    return options[name]

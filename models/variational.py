@@ -13,18 +13,16 @@ r = sigma / alpha, in which f is gone and the weight-1 member reads dy = noise(z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from models.integrators import hutchinson_probes
 from models.noise import Generator, normal
-from models.options import Fraction, Probability
-from models.sde import LinearSDE, expand
-from models.time_sampling import PROPOSALS, choose, stratified
-
-Noise = Callable[[Tensor, Tensor], Tensor]
+from models.options import choose
+from models.sde import LinearSDE, Noise, expand
+from models.time_sampling import PROPOSALS, stratified
 
 
 def ratio_grid(sde: LinearSDE, steps: int, like: Tensor, end: float | None = None) -> tuple[Tensor, Tensor]:
@@ -34,7 +32,7 @@ def ratio_grid(sde: LinearSDE, steps: int, like: Tensor, end: float | None = Non
     return sde.time(nodes).clamp(sde.eps if end is None else end, 1.0).to(like), nodes.exp().to(like)
 
 
-def sample(
+def sample_member(
     noise: Noise,
     sde: LinearSDE,
     z: Tensor,
@@ -44,9 +42,9 @@ def sample(
     at: Sequence[int] = (),
     end: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Draws of the member ``weight`` at time ``end`` (eps by default) from prior draws z (B, ...), and the states after
+    """Draws of the member ``weight``: prior draws z (B, ...) -> (z at time ``end``, eps by default; states before it).
 
-    ``at`` steps.
+    ``steps`` steps evenly spaced in log r, one evaluation each; ``at``: after how many of them a state is kept.
 
     Exponential integrator: with the predicted clean sample c held over a step from r to s, y - c contracts by
     (s / r)^(2 - weight) and gains variance s^2 (1 - (s / r)^(2 - 2 weight)), exactly; alone, weight 0 is ancestral
@@ -71,34 +69,6 @@ def sample(
         if steps - i + 1 in at:
             states.append(z)
     return z, states
-
-
-def plugin_sde(
-    noise: Noise,
-    sde: LinearSDE,
-    z: Tensor,
-    steps: int,
-    generator: Generator = None,
-    end: Fraction = 1e-5,
-    weight: Probability = 0.0,
-) -> tuple[Tensor, int]:
-    """The member ``weight`` as a sampler of models.samplers: prior draws z (B, ...) -> (z_0, network evaluations).
-
-    ``steps`` - 1 steps of :func:`sample` and one evaluation more, for the mean E[z_0 | z_end].
-    """
-    calls = 0
-
-    def counted(state: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return noise(state, t)
-
-    last = end if steps > 1 else 1.0
-    if steps > 1:
-        z, _ = sample(counted, sde, z, weight, steps - 1, generator, end=end)
-    t = torch.full((len(z),), last, dtype=z.dtype, device=z.device)
-    alpha, sigma = (expand(v, z) for v in sde.marginal(t))
-    return (z - sigma * counted(z, t)) / alpha, calls
 
 
 def divergence(output: Tensor, z: Tensor, probes: Tensor | None, create_graph: bool = False) -> Tensor:

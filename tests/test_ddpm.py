@@ -10,7 +10,7 @@ from torch import nn
 from bench.data import dequantise, quantise
 from models import build
 from models.base import NotDefined
-from models.ddpm import DDPM, discretised_log_prob, level_centres, linear_chain
+from models.ddpm import DDPM, ddpm_chain, discretised_log_prob, level_centres
 from models.noise import IndexedGenerator, StepRandom
 from models.sde import VPSDE, expand
 
@@ -65,7 +65,7 @@ def mean_and_error(values):
 
 
 def test_published_schedule_and_its_times():
-    chain = linear_chain(1000)
+    chain = ddpm_chain(1000)
     assert float(1 - chain.alpha[0] ** 2) == pytest.approx(1e-4, rel=1e-9)
     # 1 - beta_N of the last step is the ratio of the last two alpha_bars
     assert float(1 - (chain.alpha[-1] / chain.alpha[-2]) ** 2) == pytest.approx(0.02, rel=1e-9)
@@ -154,12 +154,29 @@ def test_ancestral_sampling_beyond_the_chain_is_not_defined():
     assert gaussian_ddpm().sample(2, 1, "ancestral").shape == (2, DIMS)
 
 
+def test_options_that_the_chain_has_not_are_not_dropped():
+    model = gaussian_ddpm()
+    plain = model.sample(2, 5, "ancestral", source(2))
+    for same in (
+        {"end": None},
+        {"end": model.sde.eps},
+        {"reverse_variance": None},
+        {"reverse_variance": "fixed_large"},
+    ):
+        assert torch.equal(model.sample(2, 5, "ancestral", source(2), **same), plain)
+    assert not torch.equal(model.sample(2, 5, "ancestral", source(2), reverse_variance="fixed_small"), plain)
+    with pytest.raises(NotDefined, match=r"not defined: end = 0\.1; .* ends at its first level"):
+        model.sample(2, 5, "ancestral", end=0.1)
+    with pytest.raises(NotDefined, match=r"not defined: end = 0\.1, eta = 0\.5; .*the option reverse_variance alone"):
+        model.sample(2, 5, "ancestral", end=0.1, eta=0.5)
+
+
 def test_embedding_has_the_density_of_the_data():
     """The ODE through the continuous levels, from the first level on, with the residual of that level."""
     x, model = data(1000), gaussian_ddpm(100)
     difference = model.nll(x, generator=source(1000), probes="exact") - gaussian_nll(x)
     mean, error = mean_and_error(difference)
-    assert model.sde.eps == pytest.approx(float(linear_chain(100).times[0]))
+    assert model.sde.eps == pytest.approx(float(ddpm_chain(100).times[0]))
     assert abs(mean) < 4 * error + 5e-3
     bound, error = mean_and_error(model.nelbo(x, times=32, generator=source(1000)) - gaussian_nll(x))
     assert abs(bound) < 4 * error + 5e-3

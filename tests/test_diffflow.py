@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from bench.config import load_suite, suite_files
 from bench.step_costs import peak_bytes
+from models.base import NotDefined
 from models.chain import Kernel, chain_bound, step_term
 from models.diffflow import DiffFlow, warped_times
 from models.noise import IndexedGenerator, StepRandom
@@ -284,3 +286,41 @@ def test_samples_depend_on_their_index_alone():
     part = model.sample(3, 6, generator=IndexedGenerator(0, "s", torch.arange(5, 8)))
     assert torch.allclose(whole[5:], part, atol=1e-12) and model.nfe == 6
     assert torch.isfinite(model.sample(4, sampler="ode", generator=IndexedGenerator(0, "s", torch.arange(4)))).all()
+
+
+def test_likelihood_honours_its_options_and_refuses_those_of_linear_diffusions():
+    model = small(6)
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def nll(**options):
+        return model.nll(x, 1e-6, 1e-6, generator=IndexedGenerator(0, "p", torch.arange(5)), **options)
+
+    exact = nll(probes="exact")
+    # as many orthogonal probes as dimensions give the trace itself; as many random signs do not
+    assert torch.allclose(nll(probes=2, probe_kind="orthogonal"), exact, atol=1e-9)
+    assert (nll(probes=2) - exact).abs().max() > 1e-4
+    assert torch.allclose(nll(probes="exact", fixed_shape=True), exact, rtol=0, atol=1e-12)
+    with pytest.raises(NotDefined, match="reference"):
+        nll(reference=(0.0, 1.0))
+    with pytest.raises(NotDefined, match="the solver adams"):
+        nll(solver="adams")
+    with pytest.raises(TypeError, match="control_varate"):
+        model.nelbo_parts(x, control_varate=False)
+
+
+def test_samplers_of_every_suite_are_defined_and_options_of_linear_diffusions_are_not():
+    model, tried = small(4), 0
+    for suite in map(load_suite, suite_files()):
+        for variant in (name for name in suite.variants if name.startswith(("diffflow", "sbp"))):
+            (run, *_) = suite.runs(variant)
+            for entry in run.evaluate.samplers:
+                options = {key: value for key, value in entry.items() if key not in ("name", "steps")}
+                assert model.sample(2, entry["steps"][0], entry["name"], torch.Generator(), **options).shape == (2, 2)
+                tried += 1
+    assert tried > 10
+    for sampler in ("euler_maruyama", "ode"):
+        drawn = [model.sample(3, 4, sampler, torch.Generator().manual_seed(0), end=end) for end in (None, 1e-5)]
+        assert torch.equal(*drawn)
+    for options in ({"end": 1e-3}, {"grid": "log_ratio"}, {"eta": 0.0}, {"sampler": "ode", "end": 1e-3}):
+        with pytest.raises(NotDefined, match=f"{list(options)[-1]} = .* is for linear diffusions"):
+            model.sample(3, 4, **options)

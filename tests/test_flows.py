@@ -287,21 +287,24 @@ def test_signature_is_a_schema():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"shape": [1, 7, 8], "blocks": (1, 1)}, r"blocks: \[1, 1\] .* divisible by 2, not shape \[1, 7, 8\]"),
-        ({"shape": [1, 6, 6], "blocks": (1, 1), "squeeze_first": True}, "divisible by 4, not shape"),
-        ({"shape": [2], "blocks": (1, 1)}, r"blocks: \[1, 1\] must be a single count"),
-        ({"shape": [2], "blocks": 1, "squeeze_first": True}, "squeeze_first: True"),
-        ({"shape": [2, 2], "blocks": 1}, r"shape: \[2, 2\] is neither"),
-        ({"shape": [2], "blocks": ()}, r"blocks: \[\]"),
-        ({"shape": [2], "blocks": 0}, r"blocks: \[0\]"),
-        ({"shape": [2], "blocks": 1, "coefficient": 1.0}, "coefficient: 1.0"),
-        ({"shape": [2], "blocks": 1, "hidden": 0}, "hidden: 0"),
-        ({"shape": [2], "blocks": 1, "log_det": "both"}, "log_det: 'both' is not one of auto, exact, series"),
-        ({"shape": [2], "blocks": 1, "roulette": "uniform"}, "roulette: 'uniform'"),
-        ({"shape": [2], "blocks": 1, "roulette_entry": 0.0}, "roulette_entry: 0.0"),
-        ({"shape": [2], "blocks": 1, "roulette_rate": 0.0}, "roulette_rate: 0.0"),
-        ({"shape": [2], "blocks": 1, "terms_train": -1}, "terms_train"),
-        ({"shape": [2], "blocks": 1, "probes": "uniform"}, "probes: 'uniform'"),
+        ({"shape": [1, 7, 8], "blocks": (1, 1)}, r"shape = \[1, 7, 8\]: .* by 2, .* 1 times \(blocks = \[1, 1\]\)"),
+        ({"shape": [1, 6, 6], "blocks": (1, 1), "squeeze_first": True}, r"shape = \[1, 6, 6\]: .* divisible by 4"),
+        ({"shape": [2], "blocks": (1, 1)}, r"blocks = \[1, 1\]: accepted is a single count"),
+        ({"shape": [2], "blocks": 1, "squeeze_first": True}, "squeeze_first = True: accepted is False"),
+        ({"shape": [2, 2], "blocks": 1}, r"shape = \[2, 2\]: accepted is \[D\] or"),
+        ({"shape": [2], "blocks": ()}, r"blocks = \[\]"),
+        ({"shape": [2], "blocks": 0}, r"blocks = \[0\]"),
+        ({"shape": [2], "blocks": 1, "coefficient": 1.0}, "coefficient = 1.0: accepted is a number above 0"),
+        ({"shape": [2], "blocks": 1, "hidden": 0}, "hidden = 0: accepted is a positive integer"),
+        ({"shape": [2], "blocks": 1, "log_det": "both"}, "log_det = 'both': accepted are auto, exact, series"),
+        ({"shape": [2], "blocks": 1, "roulette": "uniform"}, "roulette = 'uniform': accepted are geometric, poisson"),
+        ({"shape": [2], "blocks": 1, "roulette_entry": 0.0}, "roulette_entry = 0.0"),
+        ({"shape": [2], "blocks": 1, "roulette_entry": 1.5}, "roulette_entry = 1.5"),
+        ({"shape": [2], "blocks": 1, "roulette_stay": 1.0}, "roulette_stay = 1.0"),
+        ({"shape": [2], "blocks": 1, "roulette_rate": 0.0}, "roulette_rate = 0.0"),
+        ({"shape": [2], "blocks": 1, "terms_train": -1}, "terms_train = -1"),
+        ({"shape": [2], "blocks": 1, "terms_eval": -1}, "terms_eval = -1"),
+        ({"shape": [2], "blocks": 1, "probes": "uniform"}, "probes = 'uniform': accepted are rademacher, gaussian"),
     ],
 )
 def test_refusals_name_key_value_and_what_is_accepted(config, message):
@@ -311,7 +314,7 @@ def test_refusals_name_key_value_and_what_is_accepted(config, message):
 
 
 def test_input_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"x: shape \[3, 4\] is not \(B, 2\)"):
+    with pytest.raises(ValueError, match=r"x.shape = \[3, 4\]: accepted is \(B, 2\)"):
         make(VECTOR)(torch.zeros(3, 4))
 
 

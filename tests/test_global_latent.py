@@ -238,12 +238,12 @@ def test_indm_trains_with_it(setting):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shape": [4]}, r"shape: \[4\] must be \[C, H, W\]; for vectors use the flow 'residual'"),
-        ({"latent_dims": 3}, "latent_dims: 3 must be even"),
-        ({"latent_dims": 0}, "latent_dims: 0 must be at least 1"),
-        ({"encoder_widths": ()}, "encoder_widths: .* one or more counts"),
-        ({"prior_steps": -1}, "prior_steps: -1 must be at least 0"),
-        ({"shape": [1, 6, 6], "blocks": (1, 1, 1)}, "needs height and width divisible by 4"),
+        ({"shape": [4]}, r"shape = \[4\]: accepted is \[C, H, W\]; for vectors use the flow 'residual'"),
+        ({"latent_dims": 3}, "latent_dims = 3: accepted is an even number"),
+        ({"latent_dims": 0}, "latent_dims = 0: accepted is a positive integer"),
+        ({"encoder_widths": ()}, r"encoder_widths = \[\]: accepted is one or more positive integers"),
+        ({"prior_steps": -1}, "prior_steps = -1: accepted is 0 or a positive integer"),
+        ({"shape": [1, 6, 6], "blocks": (1, 1, 1)}, r"shape = \[1, 6, 6\]: .* divisible by 4"),
     ],
 )
 def test_what_cannot_be_built_is_refused(change, message):
@@ -253,9 +253,9 @@ def test_what_cannot_be_built_is_refused(change, message):
 
 def test_wrong_shapes_and_a_missing_h_are_refused():
     flow = make(PLAIN)
-    with pytest.raises(ValueError, match=r"x: shape \[2, 1, 4, 2\] is not \(B, 1, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"x.shape = \[2, 1, 4, 2\]: accepted is \(B, 1, 4, 4\)"):
         flow(torch.zeros(2, 1, 4, 2, dtype=DOUBLE))
-    with pytest.raises(ValueError, match="h: missing; accepted: flow.given"):
+    with pytest.raises(ValueError, match=r"h = None: accepted is a tensor \(B, latent_dims\), by flow.given"):
         flow.residual(points(PLAIN, 2))
 
 

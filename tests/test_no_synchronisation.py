@@ -84,7 +84,7 @@ def one_step(run):
 
 
 SMALL = ["train.batch_size=8", "train.steps=10", "train.horizontal_flip=true", "train.curve_samples=0"]
-VARIANTS = ["ddpmpp-vp", "ncsnpp-ve", "indm-vp-nll", "indm-vp-fid", "indm-ve"]
+VARIANTS = ["ddpm", "ddpmpp-vp", "ncsnpp-ve", "indm-vp-nll", "indm-vp-fid", "indm-ve"]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,16 @@ def test_euler_maruyama_has_the_law_of_its_own_recursion(sde):
 
 @pytest.mark.parametrize(
     ("name", "steps", "nfe"),
-    [("euler_maruyama", 7, 7), ("predictor_corrector", 7, 14), ("ddim", 7, 7), ("heun", 7, 13)],
+    [
+        ("euler_maruyama", 7, 7),
+        ("predictor_corrector", 7, 14),
+        ("ddim", 7, 7),
+        ("ancestral", 7, 7),
+        ("annealed_langevin", 7, 7),
+        ("heun", 7, 13),
+        ("plugin_sde", 7, 7),
+        ("published_pc", 7, 14),
+    ],
 )
 def test_evaluations_are_counted(name, steps, nfe):
     calls = []

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from models.adams import Adams, weights
 from models.adaptive import Control, IntegrationError, integrate
 from models.flows.residual import ResidualFlow
-from models.integrators import GaussianFrame, likelihood_path
+from models.integrators import GaussianFrame, flow_field, likelihood_path, resolve_probes, value_and_trace
 from models.runge_kutta import DORMAND_PRINCE
 from models.score.adapter import noise_function
 from models.sde import VESDE, VPSDE, SubVPSDE, expand
@@ -88,15 +88,24 @@ def test_any_frame_gives_the_exact_density(sde, reference):
 
 
 def test_adams_weights_integrate_polynomials_exactly():
-    places = torch.tensor([[1.3, 0.0, -0.4, -1.9, -2.2]], dtype=torch.float64)
+    places = torch.tensor([[1.3, 0.0, -0.4, -1.9, -2.2, -2.9, -3.1]], dtype=torch.float64)
     length = torch.tensor([1.3], dtype=torch.float64)
-    for known in range(1, 6):
+    for known in range(1, 7):
         found = weights(places, length, torch.tensor([known]))
         assert found[0, known:].count_nonzero() == 0
         for power in range(known):
             exactly = 1.3 ** (power + 1) / (power + 1)
             assert float((found * places**power).sum()) == pytest.approx(exactly)
         assert float((found * places**known).sum()) != pytest.approx(1.3 ** (known + 1) / (known + 1))
+    # of seven slopes the interpolant would be exact, and its quadrature is not
+    assert float((weights(places, length, torch.tensor([7])) * places**6).sum()) != pytest.approx(1.3**7 / 7)
+
+
+def test_adams_refuses_orders_that_its_quadrature_is_not_exact_for():
+    assert [Adams(order).order for order in (1, 5)] == [1, 5]
+    for order in (0, 6):
+        with pytest.raises(ValueError, match=f"order = {order}: accepted are 1 to 5"):
+            Adams(order)
 
 
 def test_adams_needs_no_past_to_start():
@@ -214,6 +223,32 @@ def test_an_unknown_solver_is_refused_by_name():
     with pytest.raises(ValueError, match="solver = 'euler': accepted are dopri5, adams"):
         likelihood_path(noise, sde, z, "exact", solver="euler")
     assert GaussianFrame(sde).std == 0.5
+
+
+def test_value_and_trace_of_a_known_map():
+    """x -> A x^3 has the divergence 3 sum A_dd x_d^2, and v' J v along a probe v."""
+    matrix = torch.tensor([[0.7, 2.0], [-1.0, 0.4]], dtype=torch.float64)
+    x = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 1.0]], dtype=torch.float64)
+    probes = torch.tensor([[1.0, 1.0], [1.0, -1.0], [2.0, 0.5]], dtype=torch.float64)[:, None].expand(3, 3, 2)
+    jacobians = 3 * matrix * x.square()[:, None]
+    products = torch.einsum("kbi,bij,kbj->kb", probes, jacobians, probes).mean(0)
+    truths = {"exact": jacobians.diagonal(dim1=1, dim2=2).sum(1), None: torch.zeros(3).double(), probes: products}
+    for given, truth in truths.items():
+        value, trace = value_and_trace(lambda x: x**3 @ matrix.T, x, given)
+        assert torch.allclose(value, x**3 @ matrix.T) and torch.allclose(trace, truth)
+        assert not value.requires_grad and not trace.requires_grad
+
+
+def test_unknown_probes_are_refused_by_name():
+    noise, sde, z, _ = problem("vp")
+    for field in (flow_field(noise, sde, "Exact"), GaussianFrame(sde).field(noise, "Exact")):
+        with pytest.raises(ValueError, match="probes = 'Exact': accepted are exact, None and a tensor"):
+            field(torch.zeros(len(z), dtype=z.dtype), z)
+    for probes in ("Exact", 0, None):
+        with pytest.raises(ValueError, match=f"probes = {probes!r}: accepted are exact and 1 or more"):
+            resolve_probes(probes, z, None)
+    assert resolve_probes("exact", z, None) == "exact"
+    assert resolve_probes(2, z, torch.Generator()).shape == (2, *z.shape)
 
 
 def test_the_inverse_of_a_flow_of_fixed_shape_is_the_same(monkeypatch):

@@ -7,8 +7,9 @@ import torch
 from analytic import gaussian_model
 
 from models.noise import IndexedGenerator, normal, uniform
+from models.options import choose
 from models.sde import VESDE, VPSDE, SubVPSDE, expand
-from models.time_sampling import DRAWS, PROPOSALS, choose, debiased, debiased_share, importance, log_ratio_rate
+from models.time_sampling import DRAWS, PROPOSALS, debiased, debiased_share, importance, log_ratio_rate
 
 DOUBLE = torch.float64
 SDES = pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE()], ids=["vp", "subvp", "ve"])

@@ -7,11 +7,11 @@ import torch
 from analytic import AffineFlow, GaussianScore, gaussian_model, gaussian_nll
 
 from models.noise import IndexedGenerator
-from models.samplers import SAMPLERS
+from models.samplers import SAMPLERS, plugin_sde
 from models.score.adapter import NetworkScore, noise_function
 from models.score.mlp import ScoreMLP
 from models.sde import VESDE, VPSDE, SubVPSDE
-from models.variational import hutchinson_elbo, negative_elbo, plugin_sde
+from models.variational import hutchinson_elbo, negative_elbo
 
 SDES = [VPSDE(), SubVPSDE(), VESDE()]
 MEAN, STD, POINT = 0.7, 0.5, 1.1

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.ddpm import linear_chain
+from models.ddpm import ddpm_chain
 from models.score.layers import FourierEmbedding
 
 Condition = Literal["time999", "sigma", "level", "reversed_level"]
@@ -92,7 +92,7 @@ def level_at(t: Tensor, times: Tensor) -> Tensor:
 
 def chain_times(steps: int, beta_min: float, beta_max: float) -> Tensor:
     """Times, float64 (steps,), at which the VP diffusion has the alpha_bar of the DDPM chain's levels."""
-    return linear_chain(steps, beta_min, beta_max).times
+    return ddpm_chain(steps, beta_min, beta_max).times
 
 
 class SampleOnly(nn.Module):

@@ -23,8 +23,8 @@ from bench.errors import InputError
 from bench.files import read_json, write_json, write_text_atomic
 from bench.importing import diffusers_unet, indm_flow, score_sde
 from bench.importing.networks import Condition, ForeignNetwork, OfficialFourier, SampleOnly, chain_times
-from bench.layers import merge, parse_overrides
 from bench.options import Invalid, Schema, accepted, dotted, locate, resolve_component, show, validate
+from bench.overrides import merge, parse_overrides
 from bench.provenance import record
 from bench.settings import Count
 from bench.untrusted import bounded_modules, check_parameters

@@ -52,10 +52,7 @@ def process_rows(sde_name: str) -> list[Row]:
         "prior's standard deviation": (torch.tensor(sde.prior_std), torch.tensor(process.prior_std)),
         "time inverts log_ratio": (sde.time(sde.log_ratio(t)), t),
     }
-    rows = [
-        case.row(name, float((a / b - 1).nan_to_num(0.0, posinf=1.0).abs().max()), floor=1e-8, unit="relative")
-        for name, (a, b) in pairs.items()
-    ]
+    rows = [case.row(name, _relative_deviation(a, b), floor=1e-8, unit="relative") for name, (a, b) in pairs.items()]
     z = torch.linspace(-3, 3, 6, dtype=DOUBLE).view(3, 2)
     prior = torch.distributions.Normal(torch.zeros(2, dtype=DOUBLE), process.prior_std)
     deviation = (sde.prior_log_prob(z) - prior.log_prob(z).sum(1)).abs().max()
@@ -70,6 +67,12 @@ def process_rows(sde_name: str) -> list[Row]:
     by_diffusion = alpha * math.sqrt((sigma_eps / alpha_eps) ** 2 + float(grown))
     rows.append(case.row("sigma(1) by integrating g", by_diffusion / sigma, 1.0, floor=TIGHT, unit="relative"))
     return rows + _normaliser_rows(sde_name, process, case)
+
+
+def _relative_deviation(values: Tensor, truth: Tensor) -> float:
+    """Largest |value / truth - 1|, 0 where both are 0; any other entry that is not finite makes it not finite."""
+    both_zero = (values == 0) & (truth == 0)
+    return float((values / truth - 1).masked_fill(both_zero, 0.0).abs().max())
 
 
 def _normaliser_rows(sde_name: str, process: Process, case: Case) -> list[Row]:

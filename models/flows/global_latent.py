@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.flows.branch import Series, branch_and_log_det
-from models.flows.inverse import invert
 from models.flows.latent_encoder import Encoder, WeightNormLinear
 from models.flows.latent_prior import LatentPrior, draw_normal
 from models.flows.lipschitz import TWO_PI, Chain, Jacobian
-from models.flows.residual import ResidualFlow
+from models.flows.log_det import ProbeKind, RouletteKind
+from models.flows.residual import LogDet, ResidualFlow
+from models.flows.shapes import check_input
 from models.noise import Generator
-from models.options import Count, Fraction, Positive
+from models.options import Count, Fraction, Natural, Positive, require
 
 # A sample's number, as a tag beside its entries: exact in float32 and too small to count among them.
 TAG = 2.0**-24
@@ -77,8 +78,8 @@ class ConditionedFlow(ResidualFlow):
 
     def __init__(self, latent_dims: int, shape: Sequence[int], hidden: int = 512, **options) -> None:
         super().__init__(shape, hidden=hidden, **options)
-        if len(self.shape) != 3:
-            raise ValueError(f"shape: {list(self.shape)!r} must be [C, H, W]; for vectors use the flow 'residual'")
+        accepted = "is [C, H, W]; for vectors use the flow 'residual'"
+        require(len(self.shape) == 3, "shape", list(self.shape), accepted)
         self.conditions = nn.ModuleList(
             nn.ModuleList(nn.Linear(latent_dims, hidden) for _ in range(count)) for count in self.blocks
         )
@@ -91,8 +92,7 @@ class ConditionedFlow(ResidualFlow):
 
     def chains(self) -> Iterator[list[ConditionedChain]]:
         """As in `ResidualFlow`, for the h that was given. ValueError without one."""
-        if self.h is None:
-            raise ValueError("h: missing; accepted: flow.given(h), h (B, latent_dims)")
+        require(self.h is not None, "h", None, "is a tensor (B, latent_dims), by flow.given(h)")
         for chains, conditions in zip(super().chains(), self.conditions, strict=True):
             level = []
             for chain, condition in zip(chains, conditions, strict=True):
@@ -110,28 +110,14 @@ class ConditionedFlow(ResidualFlow):
         options = Series(self.roulette, self.terms[True], chain.head.preactivation)
         return branch_and_log_det(affines, chain.shift.flatten(1), a, probe, depth, options)
 
-    @torch.no_grad()
-    def inverse(self, z: Tensor, tolerance: float | None = None, max_iterations: int = 1000) -> Tensor:
-        """z (B, *shape) -> x with h(x) = z for the given h; as in `ResidualFlow`."""
-        with torch.autocast(z.device.type, enabled=False):
-            a = self.enter(z)
-            if tolerance is None:
-                tolerance = 1e-12 if a.dtype == torch.float64 else 1e-6
-            tolerance = max(tolerance, 8 * torch.finfo(a.dtype).eps)
-            for _ in self.blocks[1:]:
-                a = F.pixel_unshuffle(a, 2)
-            number, tags = sum(self.blocks), TAG * torch.arange(len(z), dtype=a.dtype, device=a.device).unsqueeze(1)
-            for level, chains in reversed(list(enumerate(self.chains()))):
-                for chain in reversed(chains):
-                    number -= 1
-                    shape = a.shape[1:]
-                    rows = torch.cat([a.flatten(1), tags], 1)
-                    rows = invert(chain.tagged(shape), rows, tolerance, max_iterations, number, self.lipschitz)
-                    a = rows[:, :-1].unflatten(1, shape)
-                if level:
-                    a = F.pixel_shuffle(a, 2)
-            a = F.pixel_shuffle(a, 2) if self.squeeze_first else a
-            return a / TWO_PI
+    def _invert_block(
+        self, chain: ConditionedChain, goal: Tensor, tolerance: float, max_iterations: int, number: int
+    ) -> Tensor:
+        shape = goal.shape[1:]
+        tags = TAG * torch.arange(len(goal), dtype=goal.dtype, device=goal.device).unsqueeze(1)
+        rows = torch.cat([goal.flatten(1), tags], 1)
+        rows = super()._invert_block(chain.tagged(shape), rows, tolerance, max_iterations, number)
+        return rows[:, :-1].unflatten(1, shape)
 
 
 class GlobalLatentFlow(nn.Module):
@@ -157,31 +143,28 @@ class GlobalLatentFlow(nn.Module):
         hidden: Count = 512,
         coefficient: Fraction = 0.98,
         squeeze_first: bool = False,
-        log_det: Literal["auto", "exact", "series"] = "auto",
-        terms_train: Annotated[int, Field(ge=0)] = 2,
-        terms_eval: Annotated[int, Field(ge=0)] = 2,
-        roulette: Literal["geometric", "poisson"] = "geometric",
+        log_det: LogDet = "auto",
+        terms_train: Natural = 2,
+        terms_eval: Natural = 2,
+        roulette: RouletteKind = "geometric",
         roulette_entry: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25,
         roulette_stay: Fraction = 0.9,
         roulette_rate: Positive = 2.0,
-        probes: Literal["rademacher", "gaussian"] = "rademacher",
+        probes: ProbeKind = "rademacher",
         latent_dims: Count = 64,
         encoder_widths: Sequence[Count] = (48, 96, 96),
         encoder_out: Count = 8,
-        prior_steps: Annotated[int, Field(ge=0)] = 2,
+        prior_steps: Natural = 2,
         prior_hidden: Count = 256,
     ) -> None:
         super().__init__()
         sizes = {"latent_dims": latent_dims, "encoder_out": encoder_out, "prior_hidden": prior_hidden}
         for key, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{key}: {value!r} must be at least 1")
-        if latent_dims % 2:
-            raise ValueError(f"latent_dims: {latent_dims!r} must be even, for couplings of two halves")
-        if not encoder_widths or min(encoder_widths) < 1:
-            raise ValueError(f"encoder_widths: {list(encoder_widths)!r} must be one or more counts, each at least 1")
-        if prior_steps < 0:
-            raise ValueError(f"prior_steps: {prior_steps!r} must be at least 0")
+            require(value > 0, key, value, "is a positive integer")
+        require(latent_dims % 2 == 0, "latent_dims", latent_dims, "is an even number, for couplings of two halves")
+        widths = list(encoder_widths)
+        require(len(widths) > 0 and min(widths) > 0, "encoder_widths", widths, "is one or more positive integers")
+        require(prior_steps >= 0, "prior_steps", prior_steps, "is 0 or a positive integer")
         self.residual = ConditionedFlow(
             latent_dims,
             shape,
@@ -246,8 +229,7 @@ class GlobalLatentFlow(nn.Module):
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(h|x), each (B, latent_dims). Under autocast, training runs the encoder in it."""
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x: shape {list(x.shape)} is not (B, {', '.join(map(str, self.shape))})")
+        check_input(x, self.shape)
         device = x.device.type
         with torch.autocast(device, enabled=self.training and torch.is_autocast_enabled(device)):
             features = self.encoder(F.pixel_unshuffle(x, 2) if self.squeeze_first else x)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.flows.errors import FlowInverseError
-from models.options import Count, Positive
+from models.flows.shapes import check_input, check_levels, three_layers
+from models.options import Count, Positive, require
 
 
 def shuffle_order(channels: int) -> list[int]:
@@ -47,10 +48,7 @@ class Coupling(nn.Module):
     def __init__(self, channels: int, hidden: int, image: bool, bound: float) -> None:
         super().__init__()
         self.bound, self.image, self.half = bound, image, channels // 2
-        sizes = ((self.half, hidden, 3), (hidden, hidden, 1), (hidden, 2 * (channels - self.half), 3))
-        self.layers = nn.ModuleList(
-            nn.Conv2d(i, o, kernel, padding=kernel // 2) if image else nn.Linear(i, o) for i, o, kernel in sizes
-        )
+        self.layers = three_layers(self.half, hidden, 2 * (channels - self.half), image)
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
@@ -172,24 +170,11 @@ class Glow(nn.Module):
             channels *= 2  # half is split off, the squeeze makes four of each
 
     def _check(self, hidden: int, bound: float) -> None:
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden!r} must be at least 1")
-        if not 0 < bound < math.inf:
-            raise ValueError(f"log_scale_bound: {bound!r} must be greater than 0 and finite")
-        if len(self.shape) not in (1, 3) or min(self.shape) < 1:
-            raise ValueError(f"shape: {list(self.shape)!r} is neither [D] nor [C, H, W]")
-        if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"steps: {list(self.steps)!r} must be one or more counts, each at least 1")
-        factor = 2 ** len(self.steps)
-        if self.image and any(size % factor for size in self.shape[1:]):
-            raise ValueError(
-                f"steps: {list(self.steps)!r} squeezes {len(self.steps)} times and needs height and width divisible by "
-                f"{factor}, not shape {list(self.shape)!r}"
-            )
-        if not self.image and len(self.steps) > 1:
-            raise ValueError(f"steps: {list(self.steps)!r} must be a single count for vectors (shape [D])")
-        if not self.image and self.shape[0] < 2:
-            raise ValueError(f"shape: {list(self.shape)!r} leaves a coupling nothing to depend on; accepted: D >= 2")
+        require(hidden > 0, "hidden", hidden, "is a positive integer")
+        require(0 < bound < math.inf, "log_scale_bound", bound, "is a finite number above 0")
+        check_levels(self.shape, "steps", self.steps, len(self.steps))
+        accepted = "is [D] with D >= 2: the moved half of a coupling depends on the other"
+        require(self.image or self.shape[0] > 1, "shape", list(self.shape), accepted)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, *shape) -> z (B, *shape) and log|det dz/dx| (B,) in nats, exact."""
@@ -236,8 +221,7 @@ class Glow(nn.Module):
 
     def _enter(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) as (B, H, W, C): a 1x1 convolution is then the same dense map as for vectors."""
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x: shape {list(x.shape)} is not (B, {', '.join(map(str, self.shape))})")
+        check_input(x, self.shape)
         return x.permute(0, 2, 3, 1) if self.image else x
 
     def _leave(self, x: Tensor) -> Tensor:

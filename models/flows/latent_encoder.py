@@ -20,6 +20,8 @@ class BatchNorm(nn.Module):
     step which looks at the latents twice counts once (published: twice, and each device its own share of the batch).
     They are buffers, and so copied, not averaged: averaged weights (EMA) are evaluated with the statistics that the
     live weights had on the last batches.
+
+    PyTorch's SyncBatchNorm refuses a CPU, and would share outside DDP's forward pass too and count every pass.
     """
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:

@@ -18,6 +18,9 @@ from torch import Tensor
 from models.flows.lipschitz import Jacobian
 from models.noise import BatchGenerator, Generator, IndexedGenerator
 
+RouletteKind = Literal["geometric", "poisson"]
+ProbeKind = Literal["rademacher", "gaussian"]
+
 # Elements of the largest tensor while columns of J are computed: what a CPU's cache or a GPU's memory holds with ease.
 COLUMN_BUDGET = {"cpu": 2**17, "cuda": 2**26}
 
@@ -35,7 +38,7 @@ class Roulette:
     Poisson(2) costs; entry = 1 is the plain geometric distribution, less noisy at four times the cost.
     """
 
-    kind: Literal["geometric", "poisson"] = "geometric"
+    kind: RouletteKind = "geometric"
     entry: float = 0.25
     stay: float = 0.9
     rate: float = 2.0
@@ -144,8 +147,8 @@ def series(jacobian: Jacobian, probe: Tensor, depth: Tensor, fixed: int, roulett
     return value + (surrogate - surrogate.detach())
 
 
-def draw_probe(kind: str, like: Tensor, generator: Generator = None) -> Tensor:
-    """Hutchinson probe of `like`'s shape, dtype and device: "rademacher" or "gaussian"."""
+def draw_probe(kind: ProbeKind, like: Tensor, generator: Generator = None) -> Tensor:
+    """Hutchinson probe of `like`'s shape, dtype and device."""
     if isinstance(generator, BatchGenerator):
         return generator.own(lambda size, source: draw_probe(kind, like[:1].expand(size, *like.shape[1:]), source))
     if isinstance(generator, IndexedGenerator):

@@ -6,7 +6,7 @@ arXiv:2205.13699). No dimension is factored out: latent and data have one shape.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -16,7 +16,11 @@ from torch.nn import functional as F
 from models.flows import dense
 from models.flows.inverse import invert
 from models.flows.lipschitz import TWO_PI, Chain, constrain
-from models.flows.log_det import Roulette, columns, draw_probe, log_det_from_columns, series
+from models.flows.log_det import ProbeKind, Roulette, RouletteKind, columns, draw_probe, log_det_from_columns, series
+from models.flows.shapes import check_input, check_levels, three_layers
+from models.options import Count, Fraction, Natural, Positive, require
+
+LogDet = Literal["auto", "exact", "series"]
 
 # "auto" computes the log-determinant exactly up to these dimensions, in training and in evaluation.
 EXACT_TRAIN = 4
@@ -26,9 +30,6 @@ EXACT_EVAL = 256
 # undiminished by averaging, one for each sample would make many products with almost empty batches. In evaluation each
 # sample has its own, so that samples' errors are their own.
 ROULETTE_GROUPS = 8
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class ResidualBlock(nn.Module):
@@ -40,10 +41,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, hidden: int, image: bool, preactivation: bool) -> None:
         super().__init__()
         self.preactivation = preactivation
-        sizes = ((channels, hidden, 3), (hidden, hidden, 1), (hidden, channels, 3))
-        self.layers = nn.ModuleList(
-            nn.Conv2d(i, o, kernel, padding=kernel // 2) if image else nn.Linear(i, o) for i, o, kernel in sizes
-        )
+        self.layers = three_layers(channels, hidden, channels, image)
 
 
 class ResidualFlow(nn.Module):
@@ -72,19 +70,19 @@ class ResidualFlow(nn.Module):
 
     def __init__(
         self,
-        shape: Sequence[PositiveInt],
-        blocks: PositiveInt | Sequence[PositiveInt] = (16, 16),
-        hidden: PositiveInt = 512,
+        shape: Sequence[Count],
+        blocks: Count | Sequence[Count] = (16, 16),
+        hidden: Count = 512,
         coefficient: Fraction = 0.98,
         squeeze_first: bool = False,
-        log_det: Literal["auto", "exact", "series"] = "auto",
-        terms_train: Annotated[int, Field(ge=0)] = 2,
-        terms_eval: Annotated[int, Field(ge=0)] = 2,
-        roulette: Literal["geometric", "poisson"] = "geometric",
+        log_det: LogDet = "auto",
+        terms_train: Natural = 2,
+        terms_eval: Natural = 2,
+        roulette: RouletteKind = "geometric",
         roulette_entry: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25,
         roulette_stay: Fraction = 0.9,
-        roulette_rate: Annotated[float, Field(gt=0.0)] = 2.0,
-        probes: Literal["rademacher", "gaussian"] = "rademacher",
+        roulette_rate: Positive = 2.0,
+        probes: ProbeKind = "rademacher",
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
@@ -109,39 +107,24 @@ class ResidualFlow(nn.Module):
             channels *= 4
 
     def _check(self, hidden: int) -> None:
-        options = {
-            "log_det": (self.log_det, ("auto", "exact", "series")),
-            "roulette": (self.roulette.kind, ("geometric", "poisson")),
-            "probes": (self.probes, ("rademacher", "gaussian")),
-        }
-        for key, (value, accepted) in options.items():
-            if value not in accepted:
-                raise ValueError(f"{key}: {value!r} is not one of {', '.join(accepted)}")
-        for key, value in (("coefficient", self.coefficient), ("roulette_stay", self.roulette.stay)):
-            if not 0 < value < 1:
-                raise ValueError(f"{key}: {value!r} must be greater than 0 and less than 1")
-        if not 0 < self.roulette.entry <= 1:
-            raise ValueError(f"roulette_entry: {self.roulette.entry!r} must be greater than 0 and at most 1")
-        if not self.roulette.rate > 0:
-            raise ValueError(f"roulette_rate: {self.roulette.rate!r} must be greater than 0")
-        if hidden < 1:
-            raise ValueError(f"hidden: {hidden!r} must be at least 1")
-        if min(self.terms.values()) < 0:
-            raise ValueError(f"terms_train, terms_eval: {tuple(self.terms.values())!r} must be at least 0")
-        if len(self.shape) not in (1, 3) or min(self.shape) < 1:
-            raise ValueError(f"shape: {list(self.shape)!r} is neither [D] nor [C, H, W]")
-        if not self.blocks or min(self.blocks) < 1:
-            raise ValueError(f"blocks: {list(self.blocks)!r} must be one or more counts, each at least 1")
-        if len(self.shape) == 1:
-            if len(self.blocks) > 1:
-                raise ValueError(f"blocks: {list(self.blocks)!r} must be a single count for vectors (shape [D])")
-            if self.squeeze_first:
-                raise ValueError("squeeze_first: True is for images (shape [C, H, W]) only")
-        elif any(size % 2**self.squeezes for size in self.shape[1:]):
-            raise ValueError(
-                f"blocks: {list(self.blocks)!r} with squeeze_first {self.squeeze_first} squeezes {self.squeezes} times "
-                f"and needs height and width divisible by {2**self.squeezes}, not shape {list(self.shape)!r}"
-            )
+        law = self.roulette
+        choices = (
+            ("log_det", self.log_det, LogDet),
+            ("roulette", law.kind, RouletteKind),
+            ("probes", self.probes, ProbeKind),
+        )
+        for key, value, accepted in choices:
+            require(value in get_args(accepted), key, value, f"are {', '.join(get_args(accepted))}")
+        for key, value in (("coefficient", self.coefficient), ("roulette_stay", law.stay)):
+            require(0 < value < 1, key, value, "is a number above 0 and below 1")
+        require(0 < law.entry <= 1, "roulette_entry", law.entry, "is a number above 0 and up to 1")
+        require(law.rate > 0, "roulette_rate", law.rate, "is a number above 0")
+        require(hidden > 0, "hidden", hidden, "is a positive integer")
+        for key, value in (("terms_train", self.terms[True]), ("terms_eval", self.terms[False])):
+            require(value >= 0, key, value, "is 0 or a positive integer")
+        check_levels(self.shape, "blocks", self.blocks, self.squeezes)
+        image = len(self.shape) == 3
+        require(image or not self.squeeze_first, "squeeze_first", True, "is False for vectors (shape [D])")
 
     @property
     def lipschitz(self) -> float:
@@ -228,19 +211,22 @@ class ResidualFlow(nn.Module):
             for level, chains in reversed(list(enumerate(self.chains()))):
                 for chain in reversed(chains):
                     number -= 1
-                    a = invert(chain, a, tolerance, max_iterations, number, self.lipschitz)
+                    a = self._invert_block(chain, a, tolerance, max_iterations, number)
                 if level:
                     a = F.pixel_shuffle(a, 2)
             a = F.pixel_shuffle(a, 2) if self.squeeze_first else a
             return a / TWO_PI
+
+    def _invert_block(self, chain: Chain, goal: Tensor, tolerance: float, max_iterations: int, number: int) -> Tensor:
+        """a with a + g(a) = goal, see `invert`."""
+        return invert(chain, goal, tolerance, max_iterations, number, self.lipschitz)
 
     def enter(self, x: Tensor) -> Tensor:
         """Data or latent (B, *shape) -> the first block's variable a = 2 pi x, squeezed if the flow begins so.
 
         Between two levels a is squeezed once more (``pixel_unshuffle`` by 2). Raises ValueError for another shape.
         """
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x: shape {list(x.shape)} is not (B, {', '.join(map(str, self.shape))})")
+        check_input(x, self.shape)
         a = x * TWO_PI
         return F.pixel_unshuffle(a, 2) if self.squeeze_first else a
 

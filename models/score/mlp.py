@@ -10,8 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.options import Count
-from models.score.layers import require
+from models.options import Count, require
 
 
 class Waves(nn.Module):

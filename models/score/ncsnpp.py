@@ -1,7 +1,6 @@
 """NCSN++ and DDPM++, the image score networks of Song et al. (2021), as one class with options."""
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -11,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.options import Count, NonNegative, Positive
+from models.options import Count, NonNegative, Positive, require
 from models.score.layers import (
     WIDE_PIXELS,
     AttentionBlock,
@@ -21,8 +20,8 @@ from models.score.layers import (
     ResidualBlock,
     conv3x3,
     group_norm,
+    level_heights,
     linear,
-    require,
 )
 
 PRESETS: dict[str, dict] = {
@@ -132,7 +131,7 @@ class NCSNpp(ModelMixin, ConfigMixin):
         skip_rescale: bool = True,
     ):
         super().__init__()
-        heights = _heights(shape, ch_mult, attn_resolutions)
+        heights = level_heights(shape, ch_mult, attn_resolutions)
         require(embedding in ("positional", "fourier"), "embedding", embedding, "are 'positional', 'fourier'")
         require(
             progressive_input in ("none", "residual"), "progressive_input", progressive_input, "are 'none', 'residual'"
@@ -224,21 +223,3 @@ class NCSNpp(ModelMixin, ConfigMixin):
         for level in self.up:
             h = level(h, embedding, skips)
         return self.head(F.silu(self.norm(h)))
-
-
-def _heights(shape: Sequence[int], ch_mult: Sequence[int], attn_resolutions: Sequence[int]) -> list[int]:
-    """The height at every level. Raises ValueError where a level or an attention resolution cannot exist."""
-    require(len(shape) == 3 and min(shape) > 0, "shape", list(shape), "is [channels, height, width]")
-    require(len(ch_mult) > 0 and min(ch_mult) > 0, "ch_mult", list(ch_mult), "is a list of positive integers")
-    _, height, width = shape
-    multiple = 2 ** (len(ch_mult) - 1)
-    require(
-        height % multiple == 0 and width % multiple == 0,
-        "ch_mult",
-        list(ch_mult),
-        f"are at most as many levels as a {height}x{width} image can be halved, plus one",
-    )
-    heights = [height // 2**level for level in range(len(ch_mult))]
-    for resolution in attn_resolutions:
-        require(resolution in heights, "attn_resolutions", list(attn_resolutions), f"are heights out of {heights}")
-    return heights
