@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from bench.errors import InputError
 
-# whose loss needs the network's first derivatives alone: a compiled network has no second ones
-COMPILABLE = ("indm",)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -48,9 +46,12 @@ def restore_layout(optimizer: torch.optim.Optimizer) -> None:
 
 def check_compiler(model: str, device: torch.device) -> None:
     """Refuse train.compile where it cannot work: InputError."""
+    from models.registry import MODELS
+
     said = "train.compile = true"
-    if model not in COMPILABLE:
-        raise InputError(f"{said}: not with model.name = {model}; accepted: with {', '.join(COMPILABLE)}, or false")
+    compilable = [name for name, kind in MODELS.items() if kind.compilable]
+    if model not in compilable:
+        raise InputError(f"{said}: not with model.name = {model}; accepted: with {', '.join(compilable)}, or false")
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
     from torch.utils._triton import has_triton

@@ -7,7 +7,7 @@ Each quantity stands alone: a model that lacks one, or fails at it, loses that o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from bench.batches import FAILURES, SECONDS, Work
 from bench.data import Dataset, bits_per_dim, dequantise
 from models.base import Model, NotDefined
 from models.noise import IndexedGenerator
-from models.nonlinear import NonlinearDiffusion
 
 OFFSET = "dequantisation"
 USUAL_NFE = 120  # of the ODE on a trained model, for a progress line
@@ -161,22 +160,9 @@ def summary(parts: Parts, units: Units, residual: bool = True, offset: bool = Tr
     return {"total": float(total), "se_images": float(units.part(_standard_error(nats))), "parts": named}
 
 
-def chain_steps(model: Model) -> int | None:
-    """Steps of the model's own discrete chain; None for a model that is continuous in time."""
-    if isinstance(model, NonlinearDiffusion):
-        return len(model.times) - 1
-    chain = getattr(model, "chain", None)
-    return len(chain) if isinstance(chain, Sized) else None
-
-
-def bound_is_chain(model: Model) -> bool:
-    """Whether the model's NELBO already is the bound of its own chain, which is then not computed twice."""
-    return isinstance(model, NonlinearDiffusion) or bool(getattr(model, "nelbo_is_chain", False))
-
-
 def bound_kind(model: Model) -> str:
     """What kind of bound the model's NELBO is, as the tables say it."""
-    return f"chain of {chain_steps(model)} steps" if bound_is_chain(model) else "continuous"
+    return f"chain of {model.chain_steps} steps" if model.bound_is_chain else "continuous"
 
 
 class Measurement:
@@ -261,7 +247,7 @@ class Measurement:
 
     def _chain(self) -> dict[str, Any]:
         settings = self.settings
-        if bound_is_chain(self.model):
+        if self.model.bound_is_chain:  # it is not computed twice
             if "nelbo" in self.reasons:
                 raise NotDefined(self.reasons["nelbo"])
             repeats = self.bounds
@@ -283,7 +269,7 @@ class Measurement:
 
     def _bound(self, mean: Parts, repeats: list[Parts], offset: bool = True) -> dict[str, Any]:
         means = np.array([self.units.part(total_nats(parts).mean()) for parts in repeats])
-        said = {"steps": chain_steps(self.model), "repeats": len(repeats), "se_repeats": _standard_error(means)}
+        said = {"steps": self.model.chain_steps, "repeats": len(repeats), "se_repeats": _standard_error(means)}
         return summary(mean, self.units, offset=offset) | said
 
 
@@ -294,8 +280,8 @@ def likelihood_batch(settings) -> int:
 
 def expected_costs(model: Model, settings, images: int) -> dict[str, tuple[int, float]]:
     """Quantity -> (images, rough number of network evaluations of each), for a progress line."""
-    steps = chain_steps(model) or 0
-    if bound_is_chain(model):
+    steps = model.chain_steps or 0
+    if model.bound_is_chain:
         return {"nelbo": (images * settings.nelbo_repeats, steps)}
     products = model.dims if settings.probes == "exact" else settings.probes
     costs = {"nelbo": (images * settings.nelbo_repeats, settings.nelbo_times)}
@@ -330,7 +316,7 @@ def measure(
         "levels": units.levels,
         "data": data.describe(),
         "n": len(x),
-        "family": getattr(model, "family", None),
+        "family": model.family,
         "reasons": reasons,
         "truth": truth,
     }

@@ -257,7 +257,7 @@ def _resolve_sampler(entry: Mapping[str, Any], path: tuple[str | int, ...]) -> d
 
 
 def _resolve_study(name: str, options: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
-    from bench.studies import STUDIES, options_of
+    from bench.studies.names import STUDIES, options_of
 
     if name not in STUDIES:
         raise Invalid(path, f": unknown study; {accepted(STUDIES)}")

@@ -147,7 +147,7 @@ def seal_folder(folder: Path) -> list[str]:
 
     InputError where its files do not belong together. A stage that has a seal is left alone.
     """
-    from bench.studies import STUDIES
+    from bench.studies.names import STUDIES
 
     made = []
     for seal in (TRAIN, EVALUATE):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_evaluate_reasons import LEVELS, SETTINGS, Toy
+from toy_model import LEVELS, SETTINGS, Toy
 
 from bench import cli, sharding, stopping
 from bench.data import make_dataset

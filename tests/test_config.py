@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from bench import config
 from bench.config import load_suite
 from bench.errors import InputError
-from bench.layers import merge, parse_overrides
 from bench.options import Invalid, resolve_component, signature_schema, validate
+from bench.overrides import merge, parse_overrides
 from bench.settings import LEARNING_RATES, TrainConfig
 from bench.yaml_files import dump_yaml, parse_yaml
 

@@ -9,8 +9,10 @@ import torch
 from flow_problems import radius
 
 import models
-from bench.estimators import MEASURED_RUNS, measure_estimators, problems, series, time_sampling, trace
+from bench.estimators import problems, series, time_sampling, trace
+from bench.estimators.command import measure_estimators
 from bench.estimators.common import Budget, Measured, source
+from bench.estimators.measured_runs import MEASURED_RUNS
 from bench.estimators.problems import FlowProblem, fresh_flow, gaussian_problem, near_bound
 from bench.estimators.study import SUBJECTS
 from bench.estimators.tables import choose_options, ratio_of_work, relate

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import AffineFlow, gaussian_model
+from mutated_checks import DIMS, ERROR, MEAN, SDES, STD, check_path_densities, points
 
 from bench.data import load, make_dataset
 from bench.studies import Context
@@ -16,15 +17,6 @@ from bench.studies.paths import ascending_times, log_weights, mean_errors, rever
 from models.noise import IndexedGenerator
 from models.samplers import time_grid
 from models.sde import VESDE, VPSDE, SubVPSDE
-
-SDES = {"vp": VPSDE, "subvp": SubVPSDE, "ve": VESDE}
-MEAN, STD, ERROR = 0.3, 0.5, 0.1
-DIMS = 2
-
-
-def points(count, purpose="points"):
-    source = IndexedGenerator(0, purpose, torch.arange(count))
-    return MEAN + STD * source.normal((count, DIMS), dtype=torch.float64)
 
 
 def context(model, x):
@@ -113,42 +105,7 @@ def chain_bound(sde, times, errors, error):
 
 @pytest.mark.parametrize("name", SDES)
 def test_weight_is_the_ratio_of_the_two_path_densities(name):
-    sde = SDES[name]()
-    model, z0 = gaussian_model(sde, DIMS, MEAN, STD, ERROR), points(5)
-    times = ascending_times(sde, 6, STD)
-    errors = torch.linspace(0.9, 0.2, 7, dtype=torch.float64)
-
-    def source():
-        return IndexedGenerator(3, "weights", torch.arange(5))
-
-    measured = log_weights(model.noise, sde, z0, times, errors, source())
-
-    replay = source()
-    alpha, sigma = sde.marginal(times)
-    path, n = {}, replay.normal(z0.shape, dtype=torch.float64)
-    for i in range(6, -1, -1):
-        path[i] = alpha[i] * z0 + sigma[i] * n
-        if i:
-            rho = (sde.log_ratio(times[i - 1]) - sde.log_ratio(times[i])).exp()
-            n = rho * n + (1 - rho**2).sqrt() * replay.normal(z0.shape, dtype=torch.float64)
-
-    def gaussian(x, mean, variance):
-        return torch.distributions.Normal(mean, variance.sqrt()).log_prob(x).sum(1)
-
-    for result, stride in zip(measured, (1, 2), strict=True):
-        clean = path[0] + sigma[0] ** 2 * model.score(path[0], times[:1].expand(5))
-        expected = sde.prior_log_prob(path[6]) + gaussian(z0, clean / alpha[0], (sigma[0] / alpha[0]) ** 2)
-        expected -= gaussian(path[0], alpha[0] * z0, sigma[0] ** 2)
-        for s, t in zip(range(0, 6, stride), range(stride, 7, stride)):
-            a, v = sde.transition(times[s], times[t])
-            expected -= gaussian(path[t], a * path[s], v)
-            clean = (path[t] + sigma[t] ** 2 * model.score(path[t], times[t].expand(5))) / alpha[t]
-            # the posterior q(z_s | z_t, z_0) by the rule for Gaussians, its variance raised by R
-            variance = 1 / (1 / sigma[s] ** 2 + a**2 / v)
-            mean = variance * (alpha[s] * clean / sigma[s] ** 2 + a * path[t] / v)
-            raised = 1 + (((sigma[t] * alpha[s]) / (alpha[t] * sigma[s])) ** 2 - 1) * errors[t]
-            expected += gaussian(path[s], mean, variance * raised)
-        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    check_path_densities(name)
 
 
 @pytest.mark.parametrize("error", [0.0, ERROR], ids=["exact score", "wrong score"])

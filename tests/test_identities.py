@@ -19,7 +19,7 @@ from models.score.adapter import NetworkScore
 from models.score.mlp import ScoreMLP
 from models.sde import VESDE, VPSDE, SubVPSDE, expand
 from models.time_sampling import PROPOSALS
-from models.variational import negative_elbo, sample
+from models.variational import negative_elbo, sample_member
 
 SDES = {"vp": VPSDE, "subvp": SubVPSDE, "ve": VESDE}
 MEAN, STD = 0.3, 0.5
@@ -160,7 +160,7 @@ def test_a_step_is_exact_for_a_point_mass(weight):
     mean = 0.7 + (low / high) ** (2 - weight) * (start / alpha[1] - 0.7)
     std = low * (1 - (low / high) ** (2 - 2 * weight)).clamp_min(0).sqrt()
     for steps in (1, 7):
-        z, _ = sample(model.noise, sde, torch.full((n, 1), start).double(), weight, steps, source(n))
+        z, _ = sample_member(model.noise, sde, torch.full((n, 1), start).double(), weight, steps, source(n))
         y = z / alpha[0]
         assert abs(float(y.mean() - mean)) < 4 * float(std) / math.sqrt(n) + 1e-6
         assert float(y.std()) == pytest.approx(float(std), rel=0.02, abs=1e-6)
@@ -179,7 +179,7 @@ def test_members_follow_their_definition(weight):
         f, g = expand(sde.drift(t), z), expand(sde.diffusion(t), z)
         z = z - h * (f * z - (1 - weight / 2) * g**2 * score(z, t))
         z = z + math.sqrt((1 - weight) * h) * g * generator.normal(z.shape, dtype=torch.float64)
-    ours, _ = sample(noise, sde, start, weight, 100, source(n, "ours"))
+    ours, _ = sample_member(noise, sde, start, weight, 100, source(n, "ours"))
     error = float(z.std()) / math.sqrt(n)
     assert abs(float(ours.mean() - z.mean())) < 5 * error + 0.01
     assert abs(float(ours.std() - z.std())) < 4 * error + 0.01
@@ -190,7 +190,7 @@ def test_few_steps_reach_the_data(weight):
     sde, n = VPSDE(), 20_000
     model = INDM(sde, GaussianScore(sde, 0.7, 0.5), shape=(1,))
     start = source(n, "prior").normal((n, 1), dtype=torch.float64)
-    errors = [float(sample(model.noise, sde, start, weight, k, source(n))[0].std()) / 0.5 - 1 for k in (32, 128)]
+    errors = [float(sample_member(model.noise, sde, start, weight, k, source(n))[0].std()) / 0.5 - 1 for k in (32, 128)]
     assert abs(errors[0]) < 0.035  # a first-order step: -0.09 to -0.16
     assert abs(errors[1]) < 0.015
 

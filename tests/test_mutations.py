@@ -5,13 +5,12 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-import test_gap_split
-import test_statistics
 import torch
+from mutated_checks import check_holm, check_path_densities
 from safetensors.torch import load_file
-from test_train import tiny_run
+from tiny_runs import tiny_run
 
-from bench import averages, likelihood, train
+from bench import averages, likelihood, statistics, train
 from bench.studies import paths
 from bench.truth import component_rows, likelihood_rows
 from bench.truth.averages import average_rows, weighted_average
@@ -99,6 +98,10 @@ def subvp_with_the_diffusion_of_vp(monkeypatch):
     monkeypatch.setattr(SubVPSDE, "diffusion", lambda self, t: self.beta(t).sqrt())
 
 
+def one_drift_not_a_number(monkeypatch):
+    wrap(monkeypatch, SubVPSDE, "drift", lambda result, *_: result.where(result < result.max(), torch.nan))
+
+
 def corrector_step_one_percent_short(monkeypatch):
     original = SAMPLERS["predictor_corrector"]
     monkeypatch.setitem(
@@ -165,6 +168,7 @@ MUTATIONS = [
     (normaliser_of_debiased_times_five_percent_off, "proposals of vp", "NELBO diffusion, debiased times"),
     (drift_integral_dropped, "bound of vp", "NELBO diffusion"),
     (subvp_with_the_diffusion_of_vp, "process of sub-VP", "diffusion g"),
+    (one_drift_not_a_number, "process of sub-VP", "drift f"),
     (corrector_step_one_percent_short, "laws of samplers", "law at 16 steps, recursion"),
     (average_not_applied, "averages", "exponential average"),
     (average_without_warm_up, "averages", "exponential average"),
@@ -261,11 +265,11 @@ def joint_noise_in_equal_parts(monkeypatch):
 
 def holm_without_step_down(monkeypatch):
     """Bonferroni's correction: every p times the size of the family."""
-    monkeypatch.setattr(test_statistics, "holm", lambda values: [min(1.0, len(values) * p) for p in values])
+    monkeypatch.setattr(statistics, "holm", lambda values: [min(1.0, len(values) * p) for p in values])
 
 
 def path_densities():
-    test_gap_split.test_weight_is_the_ratio_of_the_two_path_densities("vp")
+    check_path_densities("vp")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +277,7 @@ def path_densities():
     [
         (backward_variance_of_the_posterior_alone, path_densities),
         (joint_noise_in_equal_parts, path_densities),
-        (holm_without_step_down, test_statistics.test_holm_by_hand),
+        (holm_without_step_down, check_holm),
     ],
 )
 def test_a_mutation_fails_the_test_of_its_part(mutate, check, monkeypatch):

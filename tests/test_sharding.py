@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sharding_script import COUNT, described, fragile, piece
-from test_processes import launch, use
+from two_processes import launch, use
 
 from bench import stopping
 from bench.batches import Work

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_runs import tiny_run
 
 from bench.averages import Ema
 from bench.checkpoint import exclusive, load_checkpoint, published
@@ -20,24 +21,6 @@ from bench.data import load
 from bench.errors import InputError
 from bench.train import Batches, Trainer, TrainingDiverged, curve_steps, is_trained, learning_rate, train
 from models.noise import StepRandom
-
-TINY = [
-    "train.steps=60",
-    "train.batch_size=32",
-    "train.curve=3",
-    "train.curve_images=16",
-    "train.curve_samples=0",
-    "train.checkpoint_every=10",
-    "model.score.width=16",
-    "model.score.depth=1",
-    "train.warmup=5",
-]
-FLOW = ["model.flow.blocks=1", "model.flow.hidden=8"]
-
-
-def tiny_run(variant="indm-vp-nll", seed=0, extra=()):
-    flow = FLOW if variant.startswith("indm") else []
-    return load_suite("toy2d", [*TINY, *flow, *extra]).runs(variant, seed, "checkerboard")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +72,7 @@ def test_kill_9_then_the_same_command_ends_with_the_same_hash(folders):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import torch; torch.set_num_threads(1)\n"
-        "from test_train import tiny_run\n"
+        "from tiny_runs import tiny_run\n"
         "from bench.train import train\n"
         "train(tiny_run(extra=['train.steps=400', 'train.checkpoint_every=20']), progress=False)\n"
     )

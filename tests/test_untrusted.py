@@ -15,6 +15,7 @@ import pytest
 import torch
 from importing_files import Trap
 from synthetic_runs import write_run
+from untrusted_files import OWN, ROOT, SOURCES, put, saved
 
 from bench.checkpoint import load_checkpoint
 from bench.cifar import parse_batch
@@ -29,9 +30,6 @@ from bench.importing.pretrained import import_checkpoint, load_pretrained
 from bench.report.load import load_runs, read_csv
 from bench.report.references import load_published
 from bench.yaml_files import read_yaml
-
-ROOT = Path(__file__).parents[1]
-SOURCES = sorted(path for folder in ("bench", "models") for path in (ROOT / folder).rglob("*.py"))
 
 # --- what the code may not contain
 
@@ -135,12 +133,6 @@ class Offer:
         return [*forms, *packed]
 
 
-def saved(content, **options) -> bytes:
-    stream = io.BytesIO()
-    torch.save(content, stream, **options)
-    return stream.getvalue()
-
-
 def tarred(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode=mode) as archive:
@@ -159,22 +151,8 @@ def zipped(members: dict[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-OWN = """suite: s
-variant: v
-dataset: gaussians
-seed: 0
-train: {batch_size: 4, steps: 1}
-evaluate: {}
-model: {name: indm, sde: {name: vp}, flow: {name: identity}, score: {name: mlp, width: 8, depth: 1}}
-"""
 UNET = {"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1}
 OFFICIAL = "vp/cifar10_ddpmpp_continuous"
-
-
-def put(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
 
 
 def own_weights(root: Path, content: bytes):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from synthetic_runs import Page, expected, write, write_run
-from test_untrusted import OWN, ROOT, SOURCES, put, saved
+from untrusted_files import OWN, ROOT, SOURCES, put, saved
 
 from bench import cli
 from bench.config import load_suite, read_run

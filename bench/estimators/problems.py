@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench.estimators import MEASURED_RUNS
+from bench.estimators.measured_runs import MEASURED_RUNS
 from models.flows import ResidualFlow
 from models.indm import INDM
 from models.sde import VESDE, VPSDE, LinearSDE, SubVPSDE

@@ -8,12 +8,13 @@ defined" and the reason, of a number that does not exist; or, of a study that fa
 from __future__ import annotations
 
 import copy
-import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench.studies.names import STUDIES, study
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from bench.config import RunConfig
     from bench.data import Dataset
     from models.base import Model
-
-STUDIES = ("gap_split", "discretisation", "conventions", "latents", "identities")
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,6 @@ class Context:
         return model
 
 
-def study(name: str) -> Any:
-    """The module of a study."""
-    return importlib.import_module(f"bench.studies.{name}")
-
-
-def options_of(name: str) -> Callable:
-    """The function whose keyword arguments are the study's settings."""
-    return study(name).measure
-
-
 def conduct(context: Context, folder: Path) -> None:
     """Measure every study of the run's configuration and write one CSV file each; a failed one says why in a row."""
     from models.base import NotDefined
@@ -81,18 +70,18 @@ def conduct(context: Context, folder: Path) -> None:
         module, path = study(name), folder / f"{name}.csv"
         try:
             write_rows(path, module.COLUMNS, module.measure(context, **options))
-        except (FlowInverseError, IntegrationError, NotDefined, NotFinite) as error:
+        except (FlowInverseError, IntegrationError, NotDefined, RowNotFinite) as error:
             write_rows(path, module.COLUMNS, [{"status": f"not measured: {' '.join(str(error).split())}"}])
 
 
-class NotFinite(ValueError):
+class RowNotFinite(ValueError):
     """A row holds NaN or infinity where a status should stand."""
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as CSV, atomically; a blank where a row has None.
 
-    Raises NotFinite for NaN or infinity, ValueError for a column that is not one of ``columns``.
+    Raises RowNotFinite for NaN or infinity, ValueError for a column that is not one of ``columns``.
     """
     import pandas as pd
 
@@ -104,5 +93,5 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
             raise ValueError(f"{path.stem}: a row has the column {unknown[0]!r}; accepted: {', '.join(columns)}")
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise NotFinite(f"{path.stem}: {key} = {value} in {dict(row)}; a status must stand for it")
+                raise RowNotFinite(f"{path.stem}: {key} = {value} in {dict(row)}; a status must stand for it")
     write_text_atomic(path, pd.DataFrame(list(rows), columns=list(columns), dtype=object).to_csv(index=False))

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.studies import Context
 from bench.studies.resampling import combine, mean_and_error
 from models.noise import IndexedGenerator
-from models.variational import negative_elbo, rademacher_probes, sample
+from models.variational import negative_elbo, rademacher_probes, sample_member
 
 WEIGHTS = (0.5, 1.0)
 GROUPS = 10
@@ -43,7 +43,7 @@ def marginals(context: Context, settings: Settings) -> Found:
         source = IndexedGenerator(seed, f"identities family {purpose}", index)
         like = next(model.parameters(), torch.zeros(()))
         z = model.sde.sample_prior((len(index), *context.data.shape), source, like.device, like.dtype)
-        z, kept = sample(model.noise, model.sde, z, weight, settings.steps, source, at=(middle,))
+        z, kept = sample_member(model.noise, model.sde, z, weight, settings.steps, source, at=(middle,))
         return [s.flatten(1).double() for s in (z, *kept)]
 
     first, again = states(0.0, "0"), states(0.0, "0 again")

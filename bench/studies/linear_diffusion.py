@@ -12,14 +12,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.integrators import MAX_STEP, dormand_prince, flow_field, hutchinson_probes, state_scale
+from models.integrators import MAX_STEP, dormand_prince, flow_field, probes_of, resolve_probes, state_scale
 from models.noise import Generator, StepRandom, normal, uniform
 from models.samplers import SAMPLERS
 from models.score.adapter import noise_function
 from models.sde import LinearSDE, expand
 
 
-def _norms(values: Tensor) -> Tensor:
+def _squared_norms(values: Tensor) -> Tensor:
     return values.flatten(1).square().sum(1)
 
 
@@ -39,7 +39,7 @@ class LinearDiffusion:
 
     def _error(self, z0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         alpha, sigma = self.sde.marginal(t)
-        return _norms(self.noise(expand(alpha, z0) * z0 + expand(sigma, z0) * noise, t) - noise)
+        return _squared_norms(self.noise(expand(alpha, z0) * z0 + expand(sigma, z0) * noise, t) - noise)
 
     def _uniforms(self, random: StepRandom, dtype: torch.dtype) -> Tensor:
         return random.stratified("time", dtype=dtype) if self.stratified else random.uniform("time", dtype=dtype)
@@ -81,7 +81,7 @@ class LinearDiffusion:
             alpha, sigma = sde.marginal(t)
             noise = normal(x.shape, generator, x.device, x.dtype)
             known = (alpha.square() / (alpha.square() + sigma.square())).square()
-            total += self._error(z0, t, noise) - known * (_norms(noise) - dims)
+            total += self._error(z0, t, noise) - known * (_squared_norms(noise) - dims)
         drift = sde.log_alpha(1.0) - sde.log_alpha(sde.eps)
         diffusion = (high - low) * (total / times - dims) - dims * drift
         _, residual = self._noisy_start(z0, generator)
@@ -103,14 +103,12 @@ class LinearDiffusion:
         """Negative log-likelihood of the probability-flow ODE from z_eps, residual included, nats (B,)."""
         z0, lost = self._start(x)
         dims, sde = x[0].numel(), self.sde
-        vectors = (
-            probes if isinstance(probes, str) else hutchinson_probes(probes, x.shape, generator, x.device, x.dtype)
-        )
+        vectors = resolve_probes(probes, x, generator)
         z, residual = self._noisy_start(z0, generator)
         low, high = sde.log_ratio_range(torch.zeros(1, dtype=x.dtype, device=x.device))
         first, last = state_scale(sde, torch.tensor([sde.eps, 1.0], dtype=torch.float64))[0]
         u, divergence, _ = dormand_prince(
-            lambda rows: flow_field(self.noise, sde, vectors if isinstance(vectors, str) else vectors[:, rows]),
+            lambda rows: flow_field(self.noise, sde, probes_of(vectors, rows)),
             z / first.to(x),
             low.expand(len(x)),
             high.expand(len(x)),

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.studies.resampling import combine
 from models.noise import IndexedGenerator
-from models.sde import LinearSDE, expand
-from models.variational import Noise, divergence, rademacher_probes
+from models.sde import LinearSDE, Noise, expand
+from models.variational import divergence, rademacher_probes
 
 EXACT_DIMS = 4
 COMPONENTS = 1_000_000

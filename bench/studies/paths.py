@@ -20,16 +20,14 @@ mu - k sqrt(V) e, so that both densities need xi and e only: no small difference
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.noise import Generator, normal
-from models.sde import LinearSDE
+from models.sde import LinearSDE, Noise
 
-Noise = Callable[[Tensor, Tensor], Tensor]
 LOG_2PI = math.log(2 * math.pi)
 _FOCUS = 0.6  # share of the focused steps
 _WIDTH = 0.6  # of their law, nats

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from models.noise import IndexedGenerator
-from models.sde import LinearSDE, expand
+from models.sde import LinearSDE, Noise, expand
 from models.time_sampling import DEBIASED_FLOOR, debiased_share, importance, log_ratio_rate, stratified
-from models.variational import Noise
 
 CHUNK = 512
 PROPOSALS = ("uniform", "debiased", "importance")

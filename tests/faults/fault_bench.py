@@ -44,6 +44,12 @@ SUITE = """faults:
     flow:
       model: {flow: {name: residual, blocks: 1, hidden: 4}}
 """
+# state before the stage of the variant "flow", state after it
+STATES = {
+    "train": ("trained linear", "trained flow"),
+    "evaluate": ("evaluated linear", "evaluated flow"),
+    "report": ("evaluated flow", "reported"),
+}
 # what the clock and the memory decide
 MACHINE = {"seconds", "train_seconds", "evaluate_seconds", "started", "peak_memory_mb", "commit", "dirty"}
 # seals cover what the clock decides; they are checked by the code under test

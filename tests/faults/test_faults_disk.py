@@ -4,7 +4,7 @@ import os
 import random
 
 import pytest
-from test_faults_kills import STATES
+from fault_bench import STATES
 
 WRITES = {"open", "save", "fsync", "replace", "mkdir"}
 SHARE = 20  # points of kills for one full disk in each stage

@@ -4,6 +4,8 @@ import random
 import signal
 import time
 
+from fault_bench import STATES
+
 from bench.checkpoint import published
 
 # (stage, how the point is chosen): the pattern that a longer battery repeats
@@ -26,12 +28,6 @@ KINDS = {
     ("evaluate", "writes"): "kill -9 while an evaluation writes",
     ("evaluate", "time"): "kill -9 in an evaluation, at a random time",
     ("report", "writes"): "kill -9 while a report is written",
-}
-# state before the stage of the variant "flow", state after it
-STATES = {
-    "train": ("trained linear", "trained flow"),
-    "evaluate": ("evaluated linear", "evaluated flow"),
-    "report": ("evaluated flow", "reported"),
 }
 
 

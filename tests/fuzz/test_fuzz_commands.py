@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import bench.baselines
 import bench.commands
-import bench.estimators
+import bench.estimators.command
 import bench.features
 import bench.importing.measure
 import bench.importing.pretrained
@@ -135,7 +135,7 @@ def stubs(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.baselines, "gaussian_nll", lambda *_: 1.0)
     monkeypatch.setattr(bench.plan, "print_plan", lambda suite, settings, *_: load_suite(suite, settings).count())
     monkeypatch.setattr(bench.truth.battery, "validate", lambda *_: 0)
-    monkeypatch.setattr(bench.estimators, "measure_estimators", lambda *_: None)
+    monkeypatch.setattr(bench.estimators.command, "measure_estimators", lambda *_: None)
     monkeypatch.setattr(bench.on_devices, "reproduce_on", lambda *_: 0)
     monkeypatch.setattr(bench.performance.command, "run_performance", lambda *_: False)
     monkeypatch.setattr(bench.pipeline, "write_pipelines", lambda: None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bench.config import load_suite, read_run
 from bench.errors import InputError
-from bench.layers import parse_overrides
+from bench.overrides import parse_overrides
 from bench.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 ROOT = Path(__file__).parents[2] / "experiments"

@@ -16,10 +16,10 @@ from pathlib import Path
 import harness
 import numpy as np
 import pytest
+from cifar_files import LABELS, official_files, python2_batch, python3_batch, random_images, write_tar
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from test_image_files import LABELS, official_files, python2_batch, python3_batch, random_images, write_tar
 
 from bench import image_files, untrusted
 from bench.cifar import parse_batch
