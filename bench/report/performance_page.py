@@ -183,7 +183,7 @@ def likelihoods(record: Record) -> View:
     columns += ["spec: official in c", "spec asks", "reached", "official here, s", "times faster"]
     columns += ["evaluations, mean", "largest", "RK45 in t, one norm", "spec: official", "half of RK45’s"]
     caption = (
-        "Likelihood by the probability-flow ODE as the suite cifar10 solves it. An evaluation gives drift and "
+        "Likelihood by the probability-flow ODE, by the solver of the suite cifar10. An evaluation gives drift and "
         "divergence. RK45: the official method at 1e-5 on the same network, two of the images; half of its "
         "evaluations, at no larger an error, is asked of one of the harness’s ways in the next table. The "
         "specification’s evaluations are of its own networks and data; here the networks are trained on enlarged "
