@@ -100,7 +100,7 @@ def refresh() -> bool:
     Cheap where nothing has: imports no model.
     """
     sources = [*Path("experiments").glob("*.yaml"), *Path("models").rglob("*.py"), *Path("bench").glob("*.py")]
-    sources += other_reports()
+    record_reports()
     digest = hashlib.sha256()
     for path in sorted(sources):
         digest.update(f"{path}\0".encode() + path.read_bytes())
